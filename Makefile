@@ -1,0 +1,56 @@
+# Every target sets up the environment it needs. Override anything: make teacher-cache RECIPE=my.yaml ARGS="loss.temperature=4"
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= recipes/embedded.yaml
+ARGS ?=
+KDCACHE = $(VENV)/bin/kdcache
+READY = $(VENV)/.ready
+
+.PHONY: help setup embedded teacher-cache train-student evaluate inspect verify test lint check constraints clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
+
+setup: $(READY)  ## Make the virtual environment
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kdcache needs Python 3.11 or newer; give one with PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+embedded: $(READY)  ## Make the built-in data and models of RECIPE
+	@$(KDCACHE) embedded $(RECIPE) $(ARGS)
+
+teacher-cache: $(READY)  ## Run the teacher of RECIPE once and write its cache
+	@$(KDCACHE) teacher-cache $(RECIPE) $(ARGS)
+
+# Only where the cache is not complete yet: a cache that came from elsewhere needs no teacher here.
+train-student: $(READY)  ## Train the student of RECIPE from its cache (made first if incomplete)
+	@$(KDCACHE) teacher-cache $(RECIPE) $(ARGS) --if-incomplete
+	@$(KDCACHE) train-student $(RECIPE) $(ARGS) --resume
+
+evaluate: $(READY)  ## Score a finished run again: make evaluate RUN=runs/embedded/student
+	@$(KDCACHE) evaluate $(RUN) $(ARGS)
+
+inspect: $(READY)  ## Facts about a cache: make inspect CACHE=runs/embedded/cache
+	@$(KDCACHE) inspect $(CACHE) $(ARGS)
+
+verify: $(READY)  ## Check every byte of a cache: make verify CACHE=runs/embedded/cache
+	@$(KDCACHE) verify $(CACHE) $(ARGS)
+
+test: $(READY)  ## Run the tests
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)  ## ruff and mypy --strict
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+check: lint test  ## Everything that must be clean before a change is merged
+
+constraints: $(READY)  ## Write what is installed now into constraints.txt
+	$(VENV)/bin/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/\+cpu$$//' > constraints.txt
+
+clean:  ## Remove the environment and the embedded runs
+	rm -rf $(VENV) runs/embedded .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The cache on disk. Nothing here imports torch or transformers; ``cache_format.md`` is the contract."""

@@ -1,0 +1,245 @@
+"""Plan and manifest: what a cache will hold, fixed before the first forward pass, and what it holds.
+
+Both are strictly parsed: unknown fields, wrong types and numbers out of range are refused. The plan's
+digest is the SHA-256 of its canonical JSON; a cache's id is the SHA-256 of its manifest file's bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kdcache.cache import layout
+from kdcache.cache.strict_json import canonical_sha256, parse_object, readable
+from kdcache.errors import CorruptCacheError
+
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=4096)]
+ModelType = TypeVar("ModelType", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TeacherIdentity(_Strict):
+    """Which model produced the logits, and in which arithmetic."""
+
+    name: Text
+    revision: Text | None
+    fingerprint: Sha256
+    architecture: Text
+    quantization: Text
+    dtype: Text
+    batch_tokens: Count
+
+
+class TokenizerIdentity(_Strict):
+    """The token map; ``fingerprint`` is the SHA-256 of the vocabulary's canonical JSON."""
+
+    name: Text
+    fingerprint: Sha256
+    vocab_size: Annotated[int, Field(ge=2, le=layout.VOCAB_LIMIT)]
+    eos_id: Count
+    pad_id: Count
+
+
+class SplitPlan(_Strict):
+    """One named split: where it came from and what became of its examples."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    source: Text
+    revision: Text | None
+    selected: Text
+    examples: Count
+    dropped_empty: Count
+    dropped_no_target: Count
+    truncated: Count
+    sequences: Count
+    tokens: Count
+    positions: Count
+    fingerprint: Sha256
+
+
+class DataPlan(_Strict):
+    """How text became tokens."""
+
+    shape: Text
+    prompt: Text
+    template_sha256: Sha256 | None
+    max_length: Count
+    splits: Annotated[tuple[SplitPlan, ...], Field(min_length=1, max_length=16)]
+
+
+class SelectionPlan(_Strict):
+    """What each position keeps."""
+
+    method: Literal["top_k", "threshold"]
+    k: Annotated[int, Field(ge=1, le=65535)]
+    floor: Annotated[float, Field(ge=0, lt=1)]
+    temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], Field(min_length=1, max_length=16)]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> SelectionPlan:
+        if list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError("temperatures should rise strictly")
+        return self
+
+
+class ShardPlan(_Strict):
+    """Sequences ``start : start + sequences`` of split number ``split``."""
+
+    split: Count
+    start: Count
+    sequences: Annotated[int, Field(ge=1, lt=1 << 32)]
+    tokens: Annotated[int, Field(ge=1, lt=1 << 32)]
+    positions: Annotated[int, Field(ge=1, lt=1 << 32)]
+
+
+class Plan(_Strict):
+    """Everything that fixes a cache's content, and which sequences go to which shard."""
+
+    format: Literal["kdcache"]
+    version: int
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    data: DataPlan
+    selection: SelectionPlan
+    shards: tuple[ShardPlan, ...]
+
+    @model_validator(mode="after")
+    def _shards_tile_the_splits(self) -> Plan:
+        reached = [0] * len(self.data.splits)
+        totals = [[0, 0] for _ in self.data.splits]
+        for number, shard in enumerate(self.shards):
+            if shard.split >= len(reached) or shard.start != reached[shard.split]:
+                raise ValueError(f"shard {number} does not continue its split")
+            reached[shard.split] += shard.sequences
+            totals[shard.split][0] += shard.tokens
+            totals[shard.split][1] += shard.positions
+        for split, sequences, (tokens, positions) in zip(self.data.splits, reached, totals, strict=True):
+            if (sequences, tokens, positions) != (split.sequences, split.tokens, split.positions):
+                raise ValueError(f"the shards of split {split.name} do not add up to it")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical JSON."""
+        return canonical_sha256(self.model_dump(mode="json"))
+
+    def to_bytes(self) -> bytes:
+        """The bytes of ``plan.json``."""
+        return readable(self.model_dump(mode="json"))
+
+    def split_index(self, name: str) -> int | None:
+        """Number of the split called ``name``, or None."""
+        return next((i for i, s in enumerate(self.data.splits) if s.name == name), None)
+
+    def differences(self, other: Plan) -> list[str]:
+        """Fields that differ, as ``key: this plan's value, the other's value``."""
+        return _differences(self.model_dump(mode="json"), other.model_dump(mode="json"))
+
+
+class ShardEntry(_Strict):
+    """What became of one shard: SHA-256 of its file, its sizes in bytes, its entries."""
+
+    sha256: Sha256
+    content_sha256: Sha256
+    bytes: Count
+    raw_bytes: Count
+    entries: Count
+
+
+class SplitSummary(_Strict):
+    """Totals of one split. ``teacher_nll`` is the summed negative log-probability of the labels, nats.
+
+    ``kept_mass_mean`` and ``kept_mass_p1`` (first percentile, to 0.001) have one value per declared
+    temperature.
+    """
+
+    name: str
+    sequences: Count
+    tokens: Count
+    positions: Count
+    entries: Count
+    teacher_nll: Annotated[float, Field(ge=0)]
+    kept_mass_mean: tuple[float, ...]
+    kept_mass_p1: tuple[float, ...]
+
+
+class Manifest(_Strict):
+    """The record of a complete cache; written last and rebuildable from the shards."""
+
+    format: Literal["kdcache"]
+    version: int
+    plan_digest: Sha256
+    splits: tuple[SplitSummary, ...]
+    shards: tuple[ShardEntry, ...]
+
+    def to_bytes(self) -> bytes:
+        """The bytes of ``manifest.json``."""
+        return readable(self.model_dump(mode="json"))
+
+    @property
+    def cache_id(self) -> str:
+        """Hex SHA-256 of the manifest file's bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def parse_plan(data: bytes) -> Plan:
+    """Strictly parse ``plan.json``.
+
+    Raises:
+        CorruptCacheError: not a plan of this format and version.
+    """
+    return _parse(Plan, data, layout.PLAN_FILE)
+
+
+def parse_manifest(data: bytes, plan: Plan) -> Manifest:
+    """Strictly parse ``manifest.json`` and hold it against its plan.
+
+    Raises:
+        CorruptCacheError: not a manifest, or not of this plan.
+    """
+    manifest = _parse(Manifest, data, layout.MANIFEST_FILE)
+    if manifest.plan_digest != plan.digest:
+        raise CorruptCacheError(
+            f"{layout.MANIFEST_FILE} names plan {manifest.plan_digest[:12]}, {layout.PLAN_FILE} is {plan.digest[:12]}"
+        )
+    if len(manifest.shards) != len(plan.shards) or [s.name for s in manifest.splits] != [
+        s.name for s in plan.data.splits
+    ]:
+        raise CorruptCacheError(f"{layout.MANIFEST_FILE} lists other shards or splits than {layout.PLAN_FILE}")
+    return manifest
+
+
+def _parse(model: type[ModelType], data: bytes, name: str) -> ModelType:
+    value = parse_object(data, what=name)
+    if value.get("format") != layout.FORMAT:
+        raise CorruptCacheError(f"{name} is not from a kdcache cache")
+    if value.get("version") != layout.VERSION:
+        raise CorruptCacheError(
+            f"{name} has format version {value.get('version')!r}, this kdcache reads version {layout.VERSION}"
+        )
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise CorruptCacheError(f"{name}: {where}: {first['msg']}") from exc
+
+
+def _differences(a: object, b: object, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{path}.{i}")]
+    if a == b:
+        return []
+    if isinstance(a, list) and isinstance(b, list) and max(len(a), len(b)) > 8:
+        return [f"{path}: {len(a)} entries against {len(b)}"]
+    return [f"{path}: {a!r} against {b!r}"]

@@ -1,0 +1,218 @@
+"""A cache opened for reading: splits of sequences, decoded shard by shard.
+
+A shard is verified when it is first opened: size and SHA-256 of its file, then its frame, header,
+commit record, values and sequence digests. Memory is bounded by ``keep`` decoded shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+
+from kdcache.cache import layout
+from kdcache.cache.codec import CachedSequence, ShardContent, decode
+from kdcache.cache.manifest import Manifest, Plan, SplitSummary, parse_manifest, parse_plan
+from kdcache.cache.shard import ShardRecord, decompress, read_file, unpack
+from kdcache.cache.strict_json import parse
+from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+
+_NAMED = 8
+
+
+class Cache:
+    """A complete cache directory. Use `open_cache`."""
+
+    def __init__(self, directory: Path, plan: Plan, manifest: Manifest, cache_id: str, keep: int) -> None:
+        self.directory = directory
+        self.plan = plan
+        self.manifest = manifest
+        self.id = cache_id
+        self._keep = keep
+        self._decoded: OrderedDict[int, ShardContent] = OrderedDict()
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures whose log-partition is stored exactly."""
+        return self.plan.selection.temperatures
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary columns that the distributions range over."""
+        return self.plan.tokenizer.vocab_size
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The named splits, in the plan's order."""
+        return {s.name: self.split(s.name) for s in self.plan.data.splits}
+
+    def split(self, name: str) -> Split:
+        """One named split.
+
+        Raises:
+            CacheError: there is no such split.
+        """
+        number = self.plan.split_index(name)
+        if number is None:
+            raise CacheError(
+                f"the cache {self.directory} has no split {name!r}, only {', '.join(self.splits)}"
+            )
+        return Split(self, number)
+
+    def shard(self, index: int) -> ShardContent:
+        """Decoded shard ``index``, from memory or verified from disk.
+
+        Raises:
+            CorruptCacheError: the shard is not what plan and manifest promise.
+        """
+        if index in self._decoded:
+            self._decoded.move_to_end(index)
+            return self._decoded[index]
+        entry = self.manifest.shards[index]
+        path = shard_path(self.directory, index)
+        data = read_file(path, limit=layout.SHARD_LIMIT)
+        if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise CorruptCacheError(
+                f"{path} is damaged: the manifest promises {entry.bytes} bytes with SHA-256 {entry.sha256[:12]}…, "
+                f"found {len(data)} bytes with another hash; fetch or make this shard again"
+            )
+        content, _ = decode_shard(path, data, self.plan, index)
+        self._decoded[index] = content
+        while len(self._decoded) > self._keep:
+            self._decoded.popitem(last=False)
+        return content
+
+    def vocabulary(self) -> list[str | None]:
+        """Token strings by id, as the tokenizer spells them; None where no token has the id.
+
+        Raises:
+            CorruptCacheError: the vocabulary file is not the one the plan names.
+        """
+        return read_vocabulary(self.directory, self.plan)
+
+
+class Split:
+    """Sequences of one split: sized, indexable, iterable; item ``i`` is a `CachedSequence`."""
+
+    def __init__(self, cache: Cache, number: int) -> None:
+        self.cache = cache
+        self.name = cache.plan.data.splits[number].name
+        self.shards = [i for i, s in enumerate(cache.plan.shards) if s.split == number]
+        sizes = [cache.plan.shards[i].sequences for i in self.shards]
+        self.starts = [0, *accumulate(sizes)]
+        self.summary: SplitSummary = cache.manifest.splits[number]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> CachedSequence:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of split {self.name}, which has {len(self)}")
+        index %= len(self)
+        place = bisect_right(self.starts, index) - 1
+        return self.cache.shard(self.shards[place])[index - self.starts[place]]
+
+    def __iter__(self) -> Iterator[CachedSequence]:
+        return (self[i] for i in range(len(self)))
+
+
+def open_cache(directory: str | Path, *, keep: int = 8) -> Cache:
+    """Open a complete cache directory; at most ``keep`` decoded shards stay in memory.
+
+    Raises:
+        IncompleteCacheError: no manifest or missing shards, all named.
+        CorruptCacheError: plan or manifest are not what they should be.
+        CacheError: not a cache directory.
+    """
+    directory = Path(directory)
+    plan = read_plan(directory)
+    missing = missing_shards(directory, plan)
+    manifest_path = directory / layout.MANIFEST_FILE
+    if missing or not manifest_path.exists():
+        named = ", ".join(layout.shard_name(i) for i in missing[:_NAMED])
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        what = f"{len(missing)} of {len(plan.shards)} shards are missing: {named}{more}" if missing else "no manifest"
+        raise IncompleteCacheError(
+            f"the cache {directory} is incomplete ({what}); run kdcache teacher-cache again, it goes on where it stopped"
+        )
+    data = read_file(manifest_path, limit=layout.JSON_LIMIT)
+    manifest = parse_manifest(data, plan)
+    return Cache(directory, plan, manifest, hashlib.sha256(data).hexdigest(), keep)
+
+
+def read_plan(directory: Path) -> Plan:
+    """The plan of a cache directory, complete or not.
+
+    Raises:
+        CacheError: the directory or its plan does not exist.
+    """
+    path = directory / layout.PLAN_FILE
+    if not path.exists():
+        raise CacheError(
+            f"{directory} is not a cache (it has no {layout.PLAN_FILE}); make one with kdcache teacher-cache"
+        )
+    return parse_plan(read_file(path, limit=layout.JSON_LIMIT))
+
+
+def shard_path(directory: Path, index: int) -> Path:
+    """Where shard ``index`` lies."""
+    return directory / layout.SHARD_DIRECTORY / layout.shard_name(index)
+
+
+def missing_shards(directory: Path, plan: Plan) -> list[int]:
+    """Indices of the plan's shards that have no file."""
+    return [i for i in range(len(plan.shards)) if not shard_path(directory, i).exists()]
+
+
+def decode_shard(path: Path, data: bytes, plan: Plan, index: int) -> tuple[ShardContent, ShardRecord]:
+    """Decode a shard's bytes and hold them against the plan.
+
+    Raises:
+        CorruptCacheError: naming the file and what is wrong with it.
+    """
+    expected = plan.shards[index]
+    try:
+        arrays, record = unpack(
+            data,
+            sequences=expected.sequences,
+            tokens=expected.tokens,
+            positions=expected.positions,
+            temperatures=len(plan.selection.temperatures),
+            vocab_size=plan.tokenizer.vocab_size,
+        )
+        if record.plan_digest != plan.digest:
+            raise CorruptCacheError(
+                f"it belongs to plan {record.plan_digest[:12]}, not to this cache's {plan.digest[:12]}"
+            )
+        if record.index != index:
+            raise CorruptCacheError(f"it is shard {record.index}, not {index}")
+        content = decode(
+            arrays, temperatures=plan.selection.temperatures, vocab_size=plan.tokenizer.vocab_size
+        )
+    except CorruptCacheError as exc:
+        raise CorruptCacheError(f"{path} is not a good shard: {exc}; fetch or make it again") from exc
+    return content, record
+
+
+def read_vocabulary(directory: Path, plan: Plan) -> list[str | None]:
+    """Token strings by id.
+
+    Raises:
+        CorruptCacheError: the file is missing or is not the one the plan names.
+    """
+    path = directory / layout.VOCABULARY_FILE
+    try:
+        raw = decompress(read_file(path, limit=layout.VOCABULARY_LIMIT), limit=layout.VOCABULARY_LIMIT)
+        if hashlib.sha256(raw).hexdigest() != plan.tokenizer.fingerprint:
+            raise CorruptCacheError("its hash is not the plan's tokenizer fingerprint")
+        tokens = parse(raw, what=layout.VOCABULARY_FILE, limit=layout.VOCABULARY_LIMIT)
+        if not isinstance(tokens, list) or len(tokens) != plan.tokenizer.vocab_size:
+            raise CorruptCacheError(f"it does not list {plan.tokenizer.vocab_size} tokens")
+        if not all(t is None or isinstance(t, str) for t in tokens):
+            raise CorruptCacheError("it lists something that is not a token")
+    except CorruptCacheError as exc:
+        raise CorruptCacheError(f"{path} is not the cache's vocabulary: {exc}") from exc
+    return tokens

@@ -1,0 +1,222 @@
+"""Arrays <-> bytes <-> file.
+
+A shard is one zstd frame around one safetensors file, so that ``zstd -d`` gives a file any tool opens.
+One metadata key carries the commit record: format, version, plan digest, shard index and a content
+hash over the raw tensors, which survives recompression. Files are written under a temporary name in
+the same directory, flushed to disk and renamed: a file with a final name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import zstandard
+
+from kdcache.cache import layout
+from kdcache.cache.codec import Arrays, expected_tensors
+from kdcache.cache.strict_json import parse_object
+from kdcache.errors import CorruptCacheError, StorageError
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a shard says of itself: its plan, its index and the hash of its raw tensors (hex)."""
+
+    plan_digest: str
+    index: int
+    content_sha256: str
+
+
+def content_hash(arrays: Arrays) -> str:
+    """SHA-256 over every tensor in name order: name, dtype, shape and little-endian bytes."""
+    h = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        dtype = layout.SAFETENSORS_DTYPES[array.dtype.str]
+        h.update(f"{name} {dtype} {','.join(map(str, array.shape))}\n".encode())
+        h.update(np.ascontiguousarray(array).data)
+    return h.hexdigest()
+
+
+def pack(arrays: Arrays, *, plan_digest: str, index: int) -> bytes:
+    """Bytes of a shard file. Equal arrays give equal bytes on the same zstd version."""
+    record = {
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
+        "plan": plan_digest,
+        "index": index,
+        "content": content_hash(arrays),
+    }
+    metadata = {layout.METADATA_KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))}
+    return compress(safetensors.numpy.save(dict(arrays), metadata=metadata))
+
+
+def unpack(
+    data: bytes, *, sequences: int, tokens: int, positions: int, temperatures: int, vocab_size: int
+) -> tuple[Arrays, ShardRecord]:
+    """Inverse of `pack`: parsed strictly, nothing believed before it is checked.
+
+    Raises:
+        CorruptCacheError: the frame, the header, a tensor's name, dtype or shape, or the content hash is wrong.
+    """
+    raw = decompress(data, limit=layout.SHARD_LIMIT)
+    header, record = _header(raw)
+    entry = header.get("entry.id")
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    entries = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
+    if not isinstance(entries, int) or not 0 <= entries <= layout.SHARD_LIMIT:
+        raise CorruptCacheError("the header's entry.id is not a one-dimensional tensor")
+    expected = expected_tensors(
+        sequences=sequences,
+        tokens=tokens,
+        positions=positions,
+        entries=entries,
+        temperatures=temperatures,
+        vocab_size=vocab_size,
+    )
+    if set(header) != set(expected):
+        raise CorruptCacheError(
+            f"the header names tensors {sorted(set(header) ^ set(expected))} that should not be there or are missing"
+        )
+    for name, (dtype, axes) in expected.items():
+        found = header[name]
+        if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
+            raise CorruptCacheError(f"tensor {name} has an unknown header field")
+        if found["dtype"] != dtype or found["shape"] != axes:
+            raise CorruptCacheError(
+                f"tensor {name} should be {dtype} {axes}, found {found['dtype']} {found['shape']}"
+            )
+    try:
+        arrays: Arrays = dict(safetensors.numpy.load(raw))
+    except (safetensors.SafetensorError, ValueError, TypeError) as exc:
+        raise CorruptCacheError(f"not a safetensors file: {exc}") from exc
+    if content_hash(arrays) != record.content_sha256:
+        raise CorruptCacheError("the content hash is not that of the tensors")
+    return arrays, record
+
+
+def compress(raw: bytes) -> bytes:
+    """One zstd frame with content size and checksum, single-threaded so that bytes are reproducible."""
+    return zstandard.ZstdCompressor(
+        level=layout.ZSTD_LEVEL, write_checksum=True, write_content_size=True, threads=0
+    ).compress(raw)
+
+
+def decompress(data: bytes, *, limit: int) -> bytes:
+    """Decode one frame after reading what it claims about itself.
+
+    Raises:
+        CorruptCacheError: not one whole frame with a stated size within ``limit``, a checksum, no dictionary
+            and a window within the format's bound.
+    """
+    try:
+        frame = zstandard.get_frame_parameters(data)
+    except zstandard.ZstdError as exc:
+        raise CorruptCacheError(f"not a zstd frame: {exc}") from exc
+    if frame.content_size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+        raise CorruptCacheError("the zstd frame does not state its size")
+    if frame.content_size > limit:
+        raise CorruptCacheError(f"the zstd frame claims {frame.content_size} bytes, more than the limit of {limit}")
+    if not frame.has_checksum:
+        raise CorruptCacheError("the zstd frame has no checksum")
+    if frame.dict_id != 0 or frame.window_size > max(layout.ZSTD_WINDOW_LIMIT, frame.content_size):
+        raise CorruptCacheError("the zstd frame wants a dictionary or too large a window")
+    try:
+        # One-shot: the streaming readers return short data from a truncated frame without a word.
+        raw: bytes = zstandard.ZstdDecompressor().decompress(
+            data, max_output_size=frame.content_size, allow_extra_data=False
+        )
+    except (zstandard.ZstdError, MemoryError) as exc:
+        raise CorruptCacheError(f"the zstd frame is truncated or damaged: {exc}") from exc
+    if len(raw) != frame.content_size:
+        raise CorruptCacheError(f"the zstd frame holds {len(raw)} bytes and claims {frame.content_size}")
+    return raw
+
+
+def frame_size(data: bytes) -> int:
+    """Bytes that a frame made by `compress` holds, as its header states."""
+    size: int = zstandard.get_frame_parameters(data).content_size
+    return size
+
+
+def read_file(path: Path, *, limit: int) -> bytes:
+    """All bytes of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        CorruptCacheError: missing, not a regular file, or too large.
+        StorageError: it cannot be read.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCacheError(f"{path} is not a regular file")
+        if status.st_size > limit:
+            raise CorruptCacheError(f"{path} has {status.st_size} bytes, more than the limit of {limit}")
+        return path.read_bytes()
+    except FileNotFoundError as exc:
+        raise CorruptCacheError(f"{path} is missing") from exc
+    except OSError as exc:
+        raise StorageError(f"cannot read {path}: {exc.strerror}") from exc
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write atomically and durably: temporary sibling, fsync, rename, fsync of the directory.
+
+    Raises:
+        StorageError: any step failed; the temporary file is gone and ``path`` is as it was.
+    """
+    temporary = path.with_name(f"{layout.TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(6)}")
+    try:
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with os.fdopen(descriptor, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.rename(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as exc:
+        raise StorageError(
+            f"cannot write {path}: {exc.strerror or exc}; everything committed before is intact, "
+            "free some space and run the same command again"
+        ) from exc
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _header(raw: bytes) -> tuple[dict[str, object], ShardRecord]:
+    size = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or size > layout.HEADER_LIMIT or 8 + size > len(raw):
+        raise CorruptCacheError(f"the safetensors header claims {size} bytes (limit {layout.HEADER_LIMIT})")
+    header = parse_object(raw[8 : 8 + size], what="the safetensors header")
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or set(metadata) != {layout.METADATA_KEY}:
+        raise CorruptCacheError(f"not a kdcache shard: the metadata should have exactly the key {layout.METADATA_KEY!r}")
+    record = parse_object(str(metadata[layout.METADATA_KEY]).encode(), what="the shard record")
+    if set(record) != {"format", "version", "plan", "index", "content"} or record["format"] != layout.FORMAT:
+        raise CorruptCacheError("not a kdcache shard: unknown fields in the shard record")
+    if record["version"] != layout.VERSION:
+        raise CorruptCacheError(
+            f"shard format version {record['version']}, this kdcache reads version {layout.VERSION}"
+        )
+    plan, index, content = record["plan"], record["index"], record["content"]
+    if not isinstance(plan, str) or not isinstance(index, int) or not isinstance(content, str):
+        raise CorruptCacheError("not a kdcache shard: a field of the shard record has the wrong type")
+    return header, ShardRecord(plan_digest=plan, index=index, content_sha256=content)

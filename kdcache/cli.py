@@ -1,0 +1,275 @@
+"""The commands. The only module that prints; everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from kdcache.errors import KdcacheError
+
+if TYPE_CHECKING:
+    from kdcache.progress import Progress
+    from kdcache.recipe import Recipe
+    from kdcache.student.record import RunRecord
+
+app = typer.Typer(
+    name="kdcache",
+    help="Offline knowledge distillation: run the teacher once, share its cache, train many students from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file, such as recipes/embedded.yaml.", show_default=False)]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads the annotation at run time)
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Recipe keys to override.", show_default=False),
+]
+CacheArgument = Annotated[Path, typer.Argument(help="Cache directory.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="Run directory of kdcache train-student.", show_default=False)]
+
+
+@app.command()
+def teacher_cache(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a small sample, predict size, time and memory, write nothing.")
+    ] = False,
+    if_incomplete: Annotated[
+        bool, typer.Option("--if-incomplete", help="Do nothing when the cache directory is complete already.")
+    ] = False,
+) -> None:
+    """Run the teacher once and write its cache; run again to go on where it stopped."""
+    chosen, progress = _recipe(recipe, overrides), _progress()
+    if if_incomplete and _is_complete(chosen.cache.directory):
+        _print(f"cache {chosen.cache.directory}: complete already")
+        return
+    _embedded(chosen, progress)
+    from kdcache.models import quiet_libraries
+
+    quiet_libraries()
+    if dry_run:
+        from kdcache.teacher.estimate import estimate
+
+        e = estimate(chosen, progress)
+        _print(f"measured on {e.sampled_positions:,} of {e.positions:,} positions; the whole run is predicted to take")
+        _print(f"  size    {_bytes(e.cache_bytes)} in {e.shards} shards, {e.cache_bytes / e.positions:.1f} bytes per position")
+        _print(f"  time    {e.seconds:,.0f} s, {e.positions / e.seconds:,.0f} positions/s")
+        _print(f"  memory  {_bytes(e.memory_bytes)} of {e.memory_of} memory at the peak")
+        return
+    from kdcache.teacher.capture import capture
+
+    result = capture(chosen, progress)
+    size = sum(s.bytes for s in result.manifest.shards)
+    positions = sum(s.positions for s in result.manifest.splits)
+    did = f"{result.shards_made} shards made in {result.seconds:.0f} s" if result.shards_made else "complete already"
+    _print(f"cache {result.directory}: {did}; {positions:,} positions, {_bytes(size)}, {size / positions:.1f} bytes each")
+    for split in result.manifest.splits:
+        perplexity = math.exp(split.teacher_nll / split.positions)
+        mass = ", ".join(
+            f"{m:.4f} at T={t:g}" for m, t in zip(split.kept_mass_mean, chosen.selection.temperatures, strict=True)
+        )
+        _print(f"  {split.name}: teacher perplexity {perplexity:.3f}, kept mass {mass}")
+        _warn_low_mass(split.name, split.kept_mass_mean[0], progress)
+    _print(f"cache id {result.manifest.cache_id}")
+
+
+@app.command()
+def train_student(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with this run; a finished one is shown again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")] = False,
+) -> None:
+    """Train a student from a cache and print the result table."""
+    chosen, progress = _recipe(recipe, overrides), _progress()
+    _embedded(chosen, progress)
+    from kdcache.report import write_pages
+    from kdcache.student.distill import distill
+
+    record = distill(chosen, resume=resume, overwrite=overwrite, progress=progress)
+    pages = write_pages(record)
+    _table(record)
+    _print(f"student in {record.output / 'model'}; record, log and plot: " + ", ".join(
+        p.name for p in (record.output / "run.json", record.output / "log.csv", *pages)
+    ) + f" in {record.output}")  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+) -> None:
+    """Score a finished run again, from its saved student and its cache."""
+    from kdcache.evaluate.saved_run import score_saved_run
+
+    record = score_saved_run(run, batch_size=batch_size, progress=_progress())
+    _table(record)
+
+
+@app.command()
+def inspect(cache: CacheArgument) -> None:
+    """Facts about a cache: teacher, data, what is kept, sizes, kept mass."""
+    from kdcache.cache.reader import open_cache
+
+    opened = open_cache(cache)
+    plan, manifest = opened.plan, opened.manifest
+    size, raw = sum(s.bytes for s in manifest.shards), sum(s.raw_bytes for s in manifest.shards)
+    positions = sum(s.positions for s in manifest.splits)
+    selection = plan.selection
+    facts = [
+        ("cache id", opened.id),
+        ("format", f"{manifest.format} version {manifest.version}, plan {plan.digest[:12]}"),
+        ("teacher", f"{plan.teacher.name} ({plan.teacher.architecture}, {plan.teacher.quantization}, {plan.teacher.dtype})"),
+        ("tokenizer", f"{plan.tokenizer.vocab_size:,} tokens, fingerprint {plan.tokenizer.fingerprint[:12]}"),
+        ("data", f"{plan.data.shape}, prompt {plan.data.prompt}, at most {plan.data.max_length} tokens"),
+        ("kept", f"{selection.method}, k {selection.k}, floor {selection.floor:g}, temperatures {_list(selection.temperatures)}"),
+        ("size", f"{_bytes(size)} in {len(manifest.shards)} shards ({_bytes(raw)} unpacked), {size / positions:.1f} bytes per position"),
+    ]  # fmt: skip
+    for name, value in facts:
+        _print(f"{name:10} {value}")
+    rows = [
+        (s.name, f"{p.source} {p.selected}", f"{s.sequences:,}", f"{s.tokens:,}", f"{s.positions:,}",
+         f"{s.entries / s.positions:.1f}", f"{math.exp(s.teacher_nll / s.positions):.3f}", _list(s.kept_mass_mean, 4), _list(s.kept_mass_p1, 3))
+        for s, p in zip(manifest.splits, plan.data.splits, strict=True)
+    ]  # fmt: skip
+    columns = ("split", "from", "sequences", "tokens", "positions", "kept", "teacher ppl", "mass mean", "mass p1")
+    _rich_table(columns, rows)
+
+
+@app.command()
+def verify(cache: CacheArgument) -> None:
+    """Check every byte of a cache; exit 0 when it is whole, 1 when it is not."""
+    from kdcache.cache.reader import read_plan
+    from kdcache.cache.verify import verify as check
+
+    plan, progress = read_plan(cache), _progress()
+    progress.begin("verify", len(plan.shards), "shards")
+    try:
+        findings = check(cache, on_shard=lambda size: progress.advance(1, _bytes(size)))
+    finally:
+        progress.end()
+    for finding in findings:
+        _print(f"{finding.file}: {finding.problem}")
+    if findings:
+        _print(f"{cache} is not whole: {len(findings)} findings")
+        raise typer.Exit(1)
+    _print(f"{cache} is whole: {len(plan.shards)} shards, hashes, values and totals agree")
+
+
+@app.command()
+def embedded(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Make the built-in data, tokenizer, teacher and student of a recipe, where they are not there yet."""
+    from kdcache.errors import RecipeError
+
+    chosen = _recipe(recipe, overrides)
+    if chosen.embedded is None:
+        raise RecipeError(f"{recipe} has no section embedded")
+    _embedded(chosen, _progress())
+    _print(f"data and models in {chosen.embedded.directory}")
+
+
+def main() -> None:
+    """Run a command: errors of ours become one line and exit code 2, Ctrl-C one line and 130."""
+    try:
+        code = app(standalone_mode=False)
+    except KdcacheError as exc:
+        _fail(f"error: {exc}", 2)
+    except KeyboardInterrupt:
+        _fail("stopped; what is committed stays, run the same command again (train-student with --resume) to go on", 130)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except Exception as exc:
+        # click's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
+        show = getattr(exc, "format_message", None)
+        if show is None:
+            raise
+        _fail(f"error: {show()} (see kdcache --help)", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(line: str, code: int) -> None:
+    sys.stdout.flush()
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    from kdcache.recipe import load_recipe
+
+    return load_recipe(path, overrides)
+
+
+def _embedded(recipe: Recipe, progress: Progress) -> None:
+    if recipe.embedded is not None:
+        from kdcache.embedded.make import make_embedded
+
+        make_embedded(recipe.embedded, progress)
+
+
+def _is_complete(directory: str) -> bool:
+    from kdcache.cache.reader import open_cache
+    from kdcache.errors import CacheError
+
+    try:
+        open_cache(directory)
+    except CacheError:
+        return False
+    return True
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+
+    from kdcache.console import PlainProgress, TerminalProgress
+
+    console = Console(stderr=False)
+    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _table(record: RunRecord) -> None:
+    from kdcache.report import RESULT_COLUMNS, result_rows
+
+    _rich_table(RESULT_COLUMNS, result_rows(record.scores))
+
+
+def _rich_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _warn_low_mass(split: str, mass: float, progress: Progress) -> None:
+    if mass < 0.9:
+        progress.warning(
+            f"the kept entries of {split} hold only {mass:.1%} of the probability at the first temperature; raise selection.k"
+        )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return ""
+
+
+def _list(values: tuple[float, ...], digits: int | None = None) -> str:
+    return ", ".join(f"{v:g}" if digits is None else f"{v:.{digits}f}" for v in values)

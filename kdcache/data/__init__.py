@@ -1,0 +1,1 @@
+"""A data set becomes ordered examples, and examples become token rows."""

@@ -1,0 +1,188 @@
+"""Examples -> token rows: ids and which of them are targets.
+
+The text before a response and the response are tokenised apart and joined, as at inference, where
+the prompt is tokenised before the response exists: no token ever straddles the border. A target is
+a token of an assistant turn up to and including its end-of-sequence token; whatever the template
+puts behind that is context for the next turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.data.examples import Example
+from kdcache.errors import DataError, TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Segments = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One training sequence: uint32 ``ids [L]`` and bool ``targets [L]``; ``targets[0]`` is never set.
+
+    ``index`` is the example's place in its split.
+    """
+
+    index: int
+    ids: NDArray[np.uint32]
+    targets: NDArray[np.bool_]
+
+    @property
+    def positions(self) -> int:
+        """How many tokens are learnt, which is how many distributions the teacher gives."""
+        return int(self.targets.sum())
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The token rows of a split, and what became of the examples that are not among them."""
+
+    rows: list[TokenRow]
+    examples: int
+    dropped_empty: int
+    dropped_no_target: int
+    truncated: int
+
+
+def template_sha256(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str | None:
+    """Hex SHA-256 of the chat template, None where the prompt is plain."""
+    if prompt != "chat":
+        return None
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def tokenise(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt: str = "chat",
+    system: str | None = None,
+    max_length: int,
+) -> TokenRows:
+    """Token rows of at most ``max_length`` tokens, in the order of the examples.
+
+    Args:
+        examples: as `load_examples` gives them.
+        tokenizer: needs an end-of-sequence token, and a chat template for ``prompt="chat"``.
+        prompt: ``chat`` renders the tokenizer's template, ``plain`` puts line breaks between the parts.
+        system: message put before a conversation that has none.
+        max_length: longer sequences are cut at the end and counted as truncated.
+
+    Raises:
+        TokenizerError: no end-of-sequence token or no chat template.
+        DataError: a conversation that the template refuses or renders differently as it grows.
+    """
+    if tokenizer.eos_token_id is None:
+        raise TokenizerError(
+            f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which every response should end "
+            "with; set eos_token in its tokenizer_config.json"
+        )
+    rows: list[TokenRow] = []
+    total = empty = targetless = truncated = 0
+    for example in examples:
+        total += 1
+        if example.empty:
+            empty += 1
+            continue
+        ids, targets = _encode(_segments(example, tokenizer, prompt, system), tokenizer)
+        if example.text is not None or prompt == "plain":
+            ids, targets = _with_bos(ids, targets, tokenizer)
+        truncated += len(ids) > max_length
+        row = TokenRow(example.index, ids[:max_length], targets[:max_length].copy())
+        row.targets[:1] = False
+        if row.positions:
+            rows.append(row)
+        else:
+            targetless += 1
+    return TokenRows(rows, total, empty, targetless, truncated)
+
+
+def _segments(
+    example: Example, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None
+) -> Segments:
+    """Text pieces in order, each with whether it is learnt."""
+    eos = str(tokenizer.eos_token)
+    if example.text is not None:
+        return [(example.text, True), (eos, True)]
+    messages = [{"role": m.role, "content": m.content} for m in example.messages or ()]
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    if prompt == "plain":
+        return _plain(messages, eos)
+    if not tokenizer.chat_template:
+        raise TokenizerError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template; use data.prompt plain"
+        )
+    return _chat(messages, tokenizer, eos, example.index)
+
+
+def _plain(messages: list[dict[str, str]], eos: str) -> Segments:
+    segments: Segments = []
+    for message in messages:
+        learnt = message["role"] == "assistant"
+        segments.append((message["content"] + ("" if learnt else "\n"), learnt))
+        if learnt:
+            segments.append((eos, True))
+    return segments
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eos: str, index: int) -> Segments:
+    segments: Segments = []
+    done = ""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(messages[:turn], tokenizer, index, generation=True)
+        through = _render(messages[: turn + 1], tokenizer, index, generation=False)
+        if not before.startswith(done) or not through.startswith(before):
+            raise DataError(
+                f"example {index}: the chat template of {tokenizer.name_or_path} renders earlier turns differently "
+                "once later ones follow, so a turn's tokens cannot be told apart; give the tokenizer a template "
+                "that only appends, or use data.prompt plain"
+            )
+        response = through[len(before) :]
+        end = response.rfind(eos)
+        # A template that closes turns with another token than the tokenizer's still learns one real end.
+        learnt = response[: end + len(eos)] if end >= 0 else response + eos * (message is messages[-1])
+        segments += [(before[len(done) :], False), (learnt, True)]
+        done = before + learnt if end >= 0 else through
+    return segments
+
+
+def _render(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int, *, generation: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except (TemplateError, ValueError, TypeError) as exc:
+        raise DataError(f"example {index}: the chat template refuses the conversation: {exc}") from exc
+
+
+def _encode(
+    segments: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    pieces = tokenizer([text for text, _ in segments], add_special_tokens=False)["input_ids"]
+    ids = [np.asarray(piece, dtype=np.uint32) for piece in pieces]
+    flags = [np.full(len(piece), learnt) for piece, (_, learnt) in zip(ids, segments, strict=True)]
+    return np.concatenate(ids), np.concatenate(flags)
+
+
+def _with_bos(
+    ids: NDArray[np.uint32], targets: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase
+) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """Put the beginning-of-sequence token where the tokenizer itself would put one."""
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+        return ids, targets
+    return np.concatenate(([np.uint32(bos)], ids)), np.concatenate(([False], targets))

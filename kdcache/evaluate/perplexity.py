@@ -1,0 +1,90 @@
+"""Loss and perplexity by token sums. The teacher's come from the cache alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdcache.cache.reader import Split
+from kdcache.progress import Progress, Silent
+from kdcache.student.collate import Collator
+from kdcache.student.forward import loss_sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Score:
+    """Token-summed cross-entropy and KL(teacher || student) at T = 1 over a split, in nats.
+
+    ``kl`` counts the mass outside the cached entries as one bucket, so it is a lower bound of the full KL.
+    """
+
+    ce_sum: float
+    kl_sum: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy per token, nats."""
+        return self.ce_sum / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def kl(self) -> float:
+        """KL to the teacher per token, nats."""
+        return self.kl_sum / self.tokens
+
+    def as_record(self) -> dict[str, float | int]:
+        """What run.json keeps."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "kl_to_teacher": self.kl, "tokens": self.tokens}
+
+
+def teacher_score(split: Split) -> Score:
+    """The teacher on the labels of a split, from the manifest's totals."""
+    return Score(split.summary.teacher_nll, 0.0, split.summary.positions)
+
+
+@torch.inference_mode()
+def student_score(
+    model: PreTrainedModel, split: Split, *, batch_size: int, what: str = "student", progress: Progress | None = None
+) -> Score:
+    """A student on a split; leaves the model in the mode it was in."""
+    progress = progress or Silent()
+    cache = split.cache
+    temperature = 1.0 if 1.0 in cache.temperatures else min(cache.temperatures)
+    collate = Collator(cache.plan.tokenizer.pad_id, temperature)
+    was_training = model.training
+    model.eval()
+    ce = kl = 0.0
+    tokens = 0
+    progress.begin(f"evaluate {what}", split.summary.positions, "tokens")
+    try:
+        for start in range(0, len(split), batch_size):
+            pairs = [(i, split[i]) for i in range(start, min(start + batch_size, len(split)))]
+            batch: dict[str, Any] = {k: v.to(model.device) for k, v in collate(pairs).items()}
+            sums = loss_sums(
+                model,
+                model,
+                batch,
+                vocab_size=cache.vocab_size,
+                temperature=temperature,
+                ce_weight=1.0,
+                kd_weight=1.0,
+                tail="lumped",
+            )
+            count = len(batch["teacher_log_tail"])
+            ce, kl, tokens = ce + float(sums.ce), kl + float(sums.kl), tokens + count
+            progress.advance(count, f"perplexity {math.exp(min(ce / tokens, 700.0)):.3f}")
+    finally:
+        progress.end()
+        model.train(was_training)
+    return Score(ce, kl, tokens)

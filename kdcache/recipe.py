@@ -1,0 +1,326 @@
+"""A recipe: one YAML file per experiment, parsed into strict models.
+
+Unknown keys are refused with the nearest known one named, values out of range with the key named, and
+keys that contradict each other with both named. ``key.path=value`` overrides come from the command line.
+Relative paths are relative to the working directory, as on any command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kdcache.errors import RecipeError
+
+Quantization = Literal["none", "nf4", "int8"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Device = Literal["auto", "cuda", "cpu"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class EmbeddedSection(_Section):
+    """Make the built-in data set, tokenizer, teacher and student when they are not there yet."""
+
+    directory: str = Field("runs/embedded/models", description="Folder for the data and the model folders.")
+    seed: int = Field(0, ge=0, description="Everything made depends on this seed alone.")
+    train_examples: int = Field(3000, ge=8, description="Examples of the distillation split.")
+    validation_examples: int = Field(300, ge=4, description="Examples of the validation split.")
+    pretrain_examples: int = Field(8000, ge=16, description="Further examples that teacher and student learn from first.")
+    teacher_steps: int = Field(600, ge=1, description="Training steps of the teacher.")
+    student_steps: int = Field(100, ge=1, description="Training steps of the student.")
+
+
+class SourceSection(_Section):
+    """One split of a data set."""
+
+    path: str = Field(
+        description="Hugging Face data set id, or a local .json/.jsonl(.gz)/.parquet file, or a directory of such files "
+        "or of a saved data set."
+    )
+    name: str | None = Field(None, description="Configuration of the data set, where it has several.")
+    split: str = Field("train", description="Split with an optional slice, such as train[:5%] or train[100:200].")
+    revision: str | None = Field(None, description="Commit, tag or branch of a data set on the Hub.")
+
+
+class DataSection(_Section):
+    """Which text, and how it becomes tokens."""
+
+    train: SourceSection = Field(description="What the student learns from.")
+    validation: SourceSection = Field(description="What perplexity is measured on.")
+    shape: Literal["auto", "instruction", "chat", "text"] = Field(
+        "auto",
+        description="instruction: instruction, optional input, output; chat: messages, loss on assistant turns only; "
+        "text: every token is learnt; auto: by the columns.",
+    )
+    columns: dict[Literal["instruction", "input", "output", "messages", "text"], str] = Field(
+        default_factory=dict, description="The data set's column for each of ours, where the names differ."
+    )
+    prompt: Literal["chat", "plain"] = Field(
+        "chat",
+        description="chat: the tokenizer's chat template; plain: instruction, input and response separated by line breaks.",
+    )
+    system: str | None = Field(None, description="System message put before every conversation that has none.")
+    max_length: int = Field(512, ge=2, le=1 << 20, description="Longest sequence in tokens; longer ones are cut and counted.")
+
+
+class TeacherSection(_Section):
+    """The model whose distributions are cached."""
+
+    model: str = Field(description="Hugging Face id or local folder.")
+    revision: str | None = Field(None, description="Commit, tag or branch on the Hub.")
+    quantization: Quantization = Field("nf4", description="nf4 (4-bit, double quantisation), int8 or none.")
+    dtype: Dtype = Field("bfloat16", description="Arithmetic and unquantised weights.")
+    device: Device = Field("auto", description="auto takes CUDA where there is one.")
+    batch_tokens: int = Field(
+        8192, ge=16, description="Padded tokens in one forward pass; a longer sequence goes alone."
+    )
+
+
+class SelectionSection(_Section):
+    """What each position keeps."""
+
+    method: Literal["top_k", "threshold"] = Field(
+        "top_k", description="top_k: the k largest; threshold: those with probability at least floor, at most k."
+    )
+    k: int = Field(64, ge=1, le=65535, description="Entries kept per position (top_k), or at most kept (threshold).")
+    floor: float = Field(
+        0.0, ge=0, lt=1, description="threshold: an entry stays if its probability reaches this at any declared temperature."
+    )
+    temperatures: tuple[float, ...] = Field(
+        (1.0, 2.0), min_length=1, max_length=16, description="Temperatures whose log-partition is stored exactly."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SelectionSection:
+        if self.method == "threshold" and self.floor == 0:
+            raise ValueError("selection.method threshold needs selection.floor above 0")
+        if self.method == "top_k" and self.floor != 0:
+            raise ValueError("selection.floor is for selection.method threshold; with top_k leave it at 0")
+        if list(self.temperatures) != sorted(set(self.temperatures)) or min(self.temperatures) <= 0:
+            raise ValueError("selection.temperatures should be positive and rise strictly")
+        return self
+
+
+class CacheSection(_Section):
+    """Where the cache lies and how it is cut."""
+
+    directory: str = Field(description="Cache directory; the thing to share.")
+    positions_per_shard: int = Field(
+        65536, ge=1, le=1 << 24, description="A shard is closed when it holds this many; a killed run loses at most one shard."
+    )
+
+
+class LoraSection(_Section):
+    """LoRA as peft knows it."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32, gt=0, description="Scale; updates are multiplied by alpha / r.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the first LoRA matrix.")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Module names, or all-linear for every linear layer but the head."
+    )
+
+
+class StudentSection(_Section):
+    """The model that learns."""
+
+    model: str = Field(description="Hugging Face id or local folder.")
+    revision: str | None = Field(None, description="Commit, tag or branch on the Hub.")
+    quantization: Quantization = Field("nf4", description="nf4 (QLoRA), int8 or none.")
+    dtype: Dtype = Field("bfloat16", description="Unquantised weights; float32 for full fine-tuning.")
+    device: Device = Field("auto", description="auto takes CUDA where there is one.")
+    lora: LoraSection | None = Field(default_factory=LoraSection, description="null trains every weight.")
+
+    @model_validator(mode="after")
+    def _trainable(self) -> StudentSection:
+        if self.lora is None and self.quantization != "none":
+            raise ValueError(
+                "student.lora is null (full fine-tuning), which needs student.quantization none"
+            )
+        return self
+
+
+class LossSection(_Section):
+    """ce_weight * CE + kd_weight * temperature^2 * KL(teacher_T || student_T)."""
+
+    temperature: float = Field(2.0, gt=0, le=100, description="T of the KL term.")
+    ce_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy with the label.")
+    kd_weight: float = Field(0.5, ge=0, description="Weight of the KL term, before T squared.")
+    reduction: Literal["mean", "sum"] = Field(
+        "mean",
+        description="mean: per valid token of the whole accumulation window; sum: summed over tokens, averaged over "
+        "micro-batches.",
+    )
+    tail: Literal["lumped", "renormalised"] = Field(
+        "lumped",
+        description="Mass outside the kept set. lumped: one bucket with its exact mass; renormalised: ignored, the kept "
+        "entries scaled to 1 (biased, for comparison).",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossSection:
+        if self.ce_weight == 0 and self.kd_weight == 0:
+            raise ValueError("loss.ce_weight and loss.kd_weight are both 0: nothing to learn")
+        return self
+
+
+class TrainingSection(_Section):
+    """How long and how fast; the names of transformers.TrainingArguments, shortened."""
+
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    epochs: float = Field(3.0, gt=0, description="Passes over the train split.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 lets epochs decide.")
+    batch_size: int = Field(8, ge=1, description="Sequences per device and forward pass.")
+    accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    clip: float | None = Field(0.5, gt=0, description="Largest gradient norm; null does not clip.")
+    optimizer: str = Field("paged_adamw_8bit", description="A name of transformers' optim.")
+    schedule: str = Field("linear", description="A name of transformers' lr_scheduler_type.")
+    warmup: float = Field(0.0, ge=0, description="Warm-up: a fraction of the steps below 1, a number of steps from 1 on.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Autocast of the training step.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
+    logging_steps: int = Field(10, ge=1, description="Steps between two log lines.")
+    save_steps: int = Field(200, ge=1, description="Steps between two checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are removed.")
+    report_to: list[str] = Field(
+        default_factory=list, description="Further loggers of transformers (tensorboard, wandb); log.csv is always written."
+    )
+
+    @model_validator(mode="after")
+    def _whole_warmup(self) -> TrainingSection:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError("training.warmup of 1 or more is a number of steps and should be whole")
+        return self
+
+
+class Recipe(_Section):
+    """One experiment."""
+
+    output: str = Field(description="Run directory: adapter, logs, plots and the result table.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Order of samples, dropout and LoRA's first values.")
+    embedded: EmbeddedSection | None = Field(None, description="Make the built-in data and models first.")
+    cache: CacheSection = Field(description="Where the cache lies and how it is cut.")
+    data: DataSection | None = Field(None, description="Needed by teacher-cache alone.")
+    teacher: TeacherSection | None = Field(None, description="Needed by teacher-cache alone.")
+    selection: SelectionSection = Field(default_factory=SelectionSection, description="What each position keeps.")
+    student: StudentSection | None = Field(None, description="Needed by train-student alone.")
+    loss: LossSection = Field(default_factory=LossSection, description="What is minimised.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="How long and how fast.")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply ``key.path=value`` overrides (values are YAML).
+
+    Raises:
+        RecipeError: the file is missing or not YAML, a key is unknown, or a value is not acceptable.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as exc:
+        raise RecipeError(f"no recipe at {path}; recipes/embedded.yaml is the one to start from") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise RecipeError(f"cannot read the recipe {path}: {exc}") from exc
+    values = _yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} should be a mapping of keys to values")
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {override!r} should look like key.path=value")
+        _assign(values, key.split("."), _yaml(value, override), override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Build a recipe from plain values.
+
+    Raises:
+        RecipeError: naming the key, what was expected and, for an unknown key, the nearest known one.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as exc:
+        raise RecipeError(_explain(exc)) from exc
+
+
+def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every key path with its default (or ``...`` where it is required) and its description."""
+    keys: dict[str, tuple[Any, str]] = {}
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        default = ... if field.is_required() else field.get_default(call_default_factory=True)
+        if section is None:
+            keys[prefix + name] = (default, field.description or "")
+        else:
+            keys |= recipe_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _section_of(annotation: Any) -> type[_Section] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as exc:
+        problem = " ".join(str(exc).split())
+        raise RecipeError(f"{where} is not YAML: {problem}") from exc
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 2e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _first in "+-0123456789.":
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:float", _EXPONENT))
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise RecipeError(f"override {override!r}: {key} is not a section")
+    values[keys[-1]] = value
+
+
+def _explain(exc: ValidationError) -> str:
+    # Unknown keys first: they usually are the cause of what else is wrong.
+    errors = sorted(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    error = errors[0]
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(p for p in path if not p.startswith(("literal[", "list[")))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if error["type"] == "extra_forbidden":
+        known = list(recipe_keys()) + list(Recipe.model_fields)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; see recipes/README.md for every key"
+        return f"unknown recipe key {key}{hint}{more}"
+    if error["type"] == "missing":
+        return f"the recipe lacks {key}{more}"
+    if error["type"] == "value_error":
+        return f"{error['ctx']['error']}{more}"
+    return f"recipe key {key}: {error['msg']}, found {error['input']!r}{more}"

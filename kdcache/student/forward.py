@@ -1,0 +1,60 @@
+"""A batch -> the student's hidden states at the positions that count, and its loss sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kdcache.models import head_of
+from kdcache.student.collate import IGNORED
+from kdcache.student.loss import LossSums, SparseTeacher, distillation_loss
+
+
+def loss_sums(
+    model: Any,
+    base: Any,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    vocab_size: int,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    tail: str,
+) -> LossSums:
+    """Loss sums of a batch made by `Collator`.
+
+    Args:
+        model: the model as the trainer wraps it: calling it (and not its decoder) keeps autocast and the
+            hooks of distributed engines in force.
+        base: the same model unwrapped, whose head is taken.
+        batch: as `Collator` returns it, on the model's device.
+        vocab_size: the cache's vocabulary; head columns beyond are padding.
+        temperature: T, at which the batch was collated.
+        ce_weight: lambda_CE.
+        kd_weight: lambda_KD.
+        tail: ``lumped`` or ``renormalised``.
+    """
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        logits_to_keep=1,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    following = batch["labels"][:, 1:]
+    counts = following != IGNORED
+    teacher = SparseTeacher(batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
+    head, bias = head_of(base)
+    return distillation_loss(
+        output.hidden_states[-1][:, :-1][counts],
+        head,
+        following[counts],
+        teacher if tail == "lumped" else teacher.renormalised(),
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        bias_V=bias,
+        vocab_size=vocab_size,
+    )

@@ -1,0 +1,1 @@
+"""Phase one: run the teacher once and keep a sparse picture of every response token's distribution."""

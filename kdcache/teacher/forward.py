@@ -1,0 +1,133 @@
+"""Token rows -> logits of the positions that count.
+
+The decoder runs on right-padded batches of similar length; the head runs only on hidden states whose
+successor is a target, in chunks that bound the ``[chunk, V]`` float32 logits. A batch's composition
+depends on the shard alone, so a shard comes out the same whoever makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kdcache.cache.rows import SparseRows, concatenate
+from kdcache.data.tokens import TokenRow
+from kdcache.errors import ModelError
+from kdcache.models import head_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGIT_BYTES = 256 << 20
+
+Select = Callable[[torch.Tensor, torch.Tensor], SparseRows]
+
+
+def length_buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped by length so that rows times longest row stays within ``batch_tokens``."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class TeacherForward:
+    """A teacher ready to give sparse rows.
+
+    Args:
+        model: causal language model in evaluation mode.
+        vocab_size: columns of the head that stand for tokens; padding beyond is left out of the softmax.
+        pad_id: token that fills short rows; its positions are masked.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int, pad_id: int) -> None:
+        self.decoder = model.get_decoder()
+        self.device = model.device
+        weight, bias = head_of(model)
+        # The product is wanted in float32: logits rounded to bfloat16 are off by up to 0.06 at 16.
+        self.weight_VD = weight[:vocab_size].detach().float()
+        self.bias_V = None if bias is None else bias[:vocab_size].detach().float()
+        self.pad_id = pad_id
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        rows: Sequence[TokenRow],
+        select: Select,
+        *,
+        batch_tokens: int,
+        on_batch: Callable[[int], None] = lambda positions: None,
+    ) -> SparseRows:
+        """Sparse rows of every target of ``rows``, in the order of ``rows``.
+
+        Args:
+            rows: token rows.
+            select: dense logits and labels -> sparse rows.
+            batch_tokens: bound on padded tokens in one forward pass.
+            on_batch: called with the positions done after each batch.
+
+        Raises:
+            ModelError: out of memory (the batch is named), or logits that are not finite (the sequence is).
+        """
+        parts: dict[int, SparseRows] = {}
+        for batch in length_buckets([len(r.ids) for r in rows], batch_tokens):
+            members = [rows[i] for i in batch]
+            try:
+                done = concatenate(list(self._batch(members, select)))
+            except torch.OutOfMemoryError as exc:
+                longest = max(len(r.ids) for r in members)
+                raise ModelError(
+                    f"the teacher ran out of memory on a batch of {len(batch)} sequences of at most {longest} tokens "
+                    f"(first: example {members[0].index}); lower teacher.batch_tokens, now {batch_tokens}"
+                ) from exc
+            start = 0
+            for i, member in zip(batch, members, strict=True):
+                parts[i] = done.slice(start, start + member.positions)
+                start += member.positions
+                self._refuse_non_finite(member, parts[i])
+            on_batch(len(done))
+        return concatenate([parts[i] for i in range(len(rows))])
+
+    def hidden(self, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states ``[P, D]`` whose successor is a target, and those successors ``[P]`` (int64)."""
+        longest = max(len(r.ids) for r in rows)
+        ids_BL = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
+        targets_BL = np.zeros((len(rows), longest), dtype=bool)
+        mask_BL = np.zeros((len(rows), longest), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids_BL[i, : len(row.ids)] = row.ids
+            targets_BL[i, : len(row.ids)] = row.targets
+            mask_BL[i, : len(row.ids)] = 1
+        ids = torch.from_numpy(ids_BL).to(self.device)
+        output = self.decoder(
+            input_ids=ids, attention_mask=torch.from_numpy(mask_BL).to(self.device), use_cache=False
+        )
+        targets = torch.from_numpy(targets_BL).to(self.device)[:, 1:]
+        return output.last_hidden_state[:, :-1][targets], ids[:, 1:][targets]
+
+    def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """float32 ``[P, V]`` logits of hidden states."""
+        return torch.nn.functional.linear(hidden_PD.float(), self.weight_VD, self.bias_V)
+
+    def _batch(self, rows: Sequence[TokenRow], select: Select) -> Iterator[SparseRows]:
+        hidden_PD, labels_P = self.hidden(rows)
+        chunk = max(1, LOGIT_BYTES // (4 * self.weight_VD.shape[0]))
+        for start in range(0, len(labels_P), chunk):
+            stop = start + chunk
+            yield select(self.logits(hidden_PD[start:stop]), labels_P[start:stop])
+
+    @staticmethod
+    def _refuse_non_finite(row: TokenRow, rows: SparseRows) -> None:
+        finite = np.isfinite(rows.log_partition).all(axis=1) & np.isfinite(rows.label_log_prob)
+        if not finite.all():
+            position = int(np.flatnonzero(row.targets)[int(np.argmin(finite))]) - 1
+            raise ModelError(
+                f"the teacher gives no finite distribution for example {row.index} at token {position}; "
+                "float16 overflows on some models: try teacher.dtype bfloat16 or float32"
+            )
