@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
     from kdcache.student.record import RunRecord
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="kdcache",
@@ -59,7 +64,9 @@ def teacher_cache(
 
         e = estimate(chosen, progress)
         _print(f"measured on {e.sampled_positions:,} of {e.positions:,} positions; the whole run is predicted to take")
-        _print(f"  size    {_bytes(e.cache_bytes)} in {e.shards} shards, {e.cache_bytes / e.positions:.1f} bytes per position")
+        _print(
+            f"  size    {_bytes(e.cache_bytes)} in {e.shards} shards, {e.cache_bytes / e.positions:.1f} bytes per position"
+        )
         _print(f"  time    {e.seconds:,.0f} s, {e.positions / e.seconds:,.0f} positions/s")
         _print(f"  memory  {_bytes(e.memory_bytes)} of {e.memory_of} memory at the peak")
         return
@@ -69,7 +76,9 @@ def teacher_cache(
     size = sum(s.bytes for s in result.manifest.shards)
     positions = sum(s.positions for s in result.manifest.splits)
     did = f"{result.shards_made} shards made in {result.seconds:.0f} s" if result.shards_made else "complete already"
-    _print(f"cache {result.directory}: {did}; {positions:,} positions, {_bytes(size)}, {size / positions:.1f} bytes each")
+    _print(
+        f"cache {result.directory}: {did}; {positions:,} positions, {_bytes(size)}, {size / positions:.1f} bytes each"
+    )
     for split in result.manifest.splits:
         perplexity = math.exp(split.teacher_nll / split.positions)
         mass = ", ".join(
@@ -84,8 +93,12 @@ def teacher_cache(
 def train_student(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with this run; a finished one is shown again.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with this run; a finished one is shown again.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")
+    ] = False,
 ) -> None:
     """Train a student from a cache and print the result table."""
     chosen, progress = _recipe(recipe, overrides), _progress()
@@ -177,14 +190,23 @@ def embedded(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Run a command: errors of ours become one line and exit code 2, Ctrl-C one line and 130."""
+    # Deprecations and advice of the libraries are for us, not for who runs the command.
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
+        # typer turns Ctrl-C inside a command into this exit code, without a word.
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
     except KdcacheError as exc:
         _fail(f"error: {exc}", 2)
     except KeyboardInterrupt:
-        _fail("stopped; what is committed stays, run the same command again (train-student with --resume) to go on", 130)
+        _fail(
+            "stopped; what is committed stays, run the same command again (train-student with --resume) to go on",
+            _INTERRUPTED,
+        )
     except typer.Abort:
-        _fail("stopped", 130)
+        _fail("stopped", _INTERRUPTED)
     except Exception as exc:
         # click's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(exc, "format_message", None)
@@ -243,7 +265,7 @@ def _table(record: RunRecord) -> None:
     _rich_table(RESULT_COLUMNS, result_rows(record.scores))
 
 
-def _rich_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _rich_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

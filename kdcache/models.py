@@ -44,12 +44,12 @@ class TokenMap:
 
 def quiet_libraries() -> None:
     """Leave only errors of the libraries on the terminal; ours say what a user needs to know."""
+    for name in ("bitsandbytes", "huggingface_hub", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "huggingface_hub", "accelerate", "peft", "torch.distributed.elastic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def resolve_device(device: str) -> str:
@@ -221,7 +221,8 @@ def attach_lora(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
     try:
-        return peft.get_peft_model(model, config)
+        adapted: PreTrainedModel = peft.get_peft_model(model, config)
+        return adapted
     except ValueError as exc:
         raise ModelError(f"student.lora does not fit the model: {_first_line(exc)}") from exc
 

@@ -8,14 +8,13 @@ Relative paths are relative to the working directory, as on any command line.
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
+from kdcache.recipe_yaml import read_values
 
 Quantization = Literal["none", "nf4", "int8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -33,9 +32,11 @@ class EmbeddedSection(_Section):
     seed: int = Field(0, ge=0, description="Everything made depends on this seed alone.")
     train_examples: int = Field(3000, ge=8, description="Examples of the distillation split.")
     validation_examples: int = Field(300, ge=4, description="Examples of the validation split.")
-    pretrain_examples: int = Field(8000, ge=16, description="Further examples that teacher and student learn from first.")
-    teacher_steps: int = Field(600, ge=1, description="Training steps of the teacher.")
-    student_steps: int = Field(100, ge=1, description="Training steps of the student.")
+    pretrain_examples: int = Field(
+        8000, ge=16, description="Further examples that teacher and student learn from first."
+    )
+    teacher_steps: int = Field(450, ge=1, description="Training steps of the teacher.")
+    student_steps: int = Field(80, ge=1, description="Training steps of the student.")
 
 
 class SourceSection(_Section):
@@ -68,7 +69,9 @@ class DataSection(_Section):
         description="chat: the tokenizer's chat template; plain: instruction, input and response separated by line breaks.",
     )
     system: str | None = Field(None, description="System message put before every conversation that has none.")
-    max_length: int = Field(512, ge=2, le=1 << 20, description="Longest sequence in tokens; longer ones are cut and counted.")
+    max_length: int = Field(
+        512, ge=2, le=1 << 20, description="Longest sequence in tokens; longer ones are cut and counted."
+    )
 
 
 class TeacherSection(_Section):
@@ -92,7 +95,10 @@ class SelectionSection(_Section):
     )
     k: int = Field(64, ge=1, le=65535, description="Entries kept per position (top_k), or at most kept (threshold).")
     floor: float = Field(
-        0.0, ge=0, lt=1, description="threshold: an entry stays if its probability reaches this at any declared temperature."
+        0.0,
+        ge=0,
+        lt=1,
+        description="threshold: an entry stays if its probability reaches this at any declared temperature.",
     )
     temperatures: tuple[float, ...] = Field(
         (1.0, 2.0), min_length=1, max_length=16, description="Temperatures whose log-partition is stored exactly."
@@ -114,7 +120,10 @@ class CacheSection(_Section):
 
     directory: str = Field(description="Cache directory; the thing to share.")
     positions_per_shard: int = Field(
-        65536, ge=1, le=1 << 24, description="A shard is closed when it holds this many; a killed run loses at most one shard."
+        65536,
+        ge=1,
+        le=1 << 24,
+        description="A shard is closed when it holds this many; a killed run loses at most one shard.",
     )
 
 
@@ -142,9 +151,7 @@ class StudentSection(_Section):
     @model_validator(mode="after")
     def _trainable(self) -> StudentSection:
         if self.lora is None and self.quantization != "none":
-            raise ValueError(
-                "student.lora is null (full fine-tuning), which needs student.quantization none"
-            )
+            raise ValueError("student.lora is null (full fine-tuning), which needs student.quantization none")
         return self
 
 
@@ -183,7 +190,9 @@ class TrainingSection(_Section):
     clip: float | None = Field(0.5, gt=0, description="Largest gradient norm; null does not clip.")
     optimizer: str = Field("paged_adamw_8bit", description="A name of transformers' optim.")
     schedule: str = Field("linear", description="A name of transformers' lr_scheduler_type.")
-    warmup: float = Field(0.0, ge=0, description="Warm-up: a fraction of the steps below 1, a number of steps from 1 on.")
+    warmup: float = Field(
+        0.0, ge=0, description="Warm-up: a fraction of the steps below 1, a number of steps from 1 on."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Autocast of the training step.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
@@ -191,7 +200,8 @@ class TrainingSection(_Section):
     save_steps: int = Field(200, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are removed.")
     report_to: list[str] = Field(
-        default_factory=list, description="Further loggers of transformers (tensorboard, wandb); log.csv is always written."
+        default_factory=list,
+        description="Further loggers of transformers (tensorboard, wandb); log.csv is always written.",
     )
 
     @model_validator(mode="after")
@@ -210,10 +220,12 @@ class Recipe(_Section):
     cache: CacheSection = Field(description="Where the cache lies and how it is cut.")
     data: DataSection | None = Field(None, description="Needed by teacher-cache alone.")
     teacher: TeacherSection | None = Field(None, description="Needed by teacher-cache alone.")
-    selection: SelectionSection = Field(default_factory=SelectionSection, description="What each position keeps.")
+    selection: SelectionSection = Field(
+        default_factory=lambda: SelectionSection(), description="What each position keeps."
+    )
     student: StudentSection | None = Field(None, description="Needed by train-student alone.")
-    loss: LossSection = Field(default_factory=LossSection, description="What is minimised.")
-    training: TrainingSection = Field(default_factory=TrainingSection, description="How long and how fast.")
+    loss: LossSection = Field(default_factory=lambda: LossSection(), description="What is minimised.")
+    training: TrainingSection = Field(default_factory=lambda: TrainingSection(), description="How long and how fast.")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -222,22 +234,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, a key is unknown, or a value is not acceptable.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as exc:
-        raise RecipeError(f"no recipe at {path}; recipes/embedded.yaml is the one to start from") from exc
-    except (OSError, UnicodeDecodeError) as exc:
-        raise RecipeError(f"cannot read the recipe {path}: {exc}") from exc
-    values = _yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} should be a mapping of keys to values")
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"override {override!r} should look like key.path=value")
-        _assign(values, key.split("."), _yaml(value, override), override)
-    return parse_recipe(values)
+    return parse_recipe(read_values(Path(path), overrides or []))
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
@@ -268,43 +265,6 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, 
 def _section_of(annotation: Any) -> type[_Section] | None:
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as exc:
-        problem = " ".join(str(exc).split())
-        raise RecipeError(f"{where} is not YAML: {problem}") from exc
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 2e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-for _first in "+-0123456789.":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:float", _EXPONENT))
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        if values.get(key) is None:
-            values[key] = {}
-        values = values[key]
-        if not isinstance(values, dict):
-            raise RecipeError(f"override {override!r}: {key} is not a section")
-    values[keys[-1]] = value
 
 
 def _explain(exc: ValidationError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +101,7 @@ def decode(arrays: Arrays, *, temperatures: tuple[float, ...], vocab_size: int) 
         )
     if len(lengths) and int(lengths.min()) < 2:
         raise CorruptCacheError("invariant 1 (a sequence has at least two tokens)")
-    if np.any(flags > 1):
+    if np.any(flags.astype(np.uint8, copy=False) > 1):
         raise CorruptCacheError("invariant 2 (target flags are 0 or 1)")
     content = ShardContent(
         lengths=lengths,
@@ -146,8 +147,5 @@ def expected_tensors(
 
 def _digests(content: ShardContent) -> NDArray[np.uint8]:
     bounds = content.token_offsets
-    joined = b"".join(
-        sequence_digest(content.token_ids[a:b], content.targets[a:b])
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    )
+    joined = b"".join(sequence_digest(content.token_ids[a:b], content.targets[a:b]) for a, b in pairwise(bounds))
     return np.frombuffer(joined, dtype="|u1").reshape(len(content), DIGEST_BYTES)

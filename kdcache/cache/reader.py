@@ -57,9 +57,7 @@ class Cache:
         """
         number = self.plan.split_index(name)
         if number is None:
-            raise CacheError(
-                f"the cache {self.directory} has no split {name!r}, only {', '.join(self.splits)}"
-            )
+            raise CacheError(f"the cache {self.directory} has no split {name!r}, only {', '.join(self.splits)}")
         return Split(self, number)
 
     def shard(self, index: int) -> ShardContent:
@@ -189,9 +187,7 @@ def decode_shard(path: Path, data: bytes, plan: Plan, index: int) -> tuple[Shard
             )
         if record.index != index:
             raise CorruptCacheError(f"it is shard {record.index}, not {index}")
-        content = decode(
-            arrays, temperatures=plan.selection.temperatures, vocab_size=plan.tokenizer.vocab_size
-        )
+        content = decode(arrays, temperatures=plan.selection.temperatures, vocab_size=plan.tokenizer.vocab_size)
     except CorruptCacheError as exc:
         raise CorruptCacheError(f"{path} is not a good shard: {exc}; fetch or make it again") from exc
     return content, record

@@ -76,9 +76,7 @@ class SparseRows:
             return np.zeros((0, len(self.temperatures)))
         is_head, starts = self._head_mask(), self.offsets[:-1]
         logits = self.logits.astype(np.float64)
-        mass = [
-            np.add.reduceat(np.where(is_head, np.exp(logits / t), 0.0), starts) for t in self.temperatures
-        ]
+        mass = [np.add.reduceat(np.where(is_head, np.exp(logits / t), 0.0), starts) for t in self.temperatures]
         return np.stack(mass, axis=1) * np.exp(-self.log_partition.astype(np.float64))
 
     def log_partition_at(self, temperature: float) -> NDArray[np.float64]:
@@ -165,8 +163,9 @@ class SparseRows:
         return rank < np.repeat(self.head, per_row)
 
     def _refuse(
-        self, number: int, rule: str, bad: NDArray[np.bool_], rows: NDArray[np.int64] | None = None
+        self, number: int, rule: str, bad: NDArray[np.bool_] | np.bool_, rows: NDArray[np.int64] | None = None
     ) -> None:
+        bad = np.atleast_1d(bad)
         if bad.any():
             first = int(np.argmax(bad))
             row = first if rows is None else int(rows[first])

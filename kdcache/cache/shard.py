@@ -91,9 +91,7 @@ def unpack(
         if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
             raise CorruptCacheError(f"tensor {name} has an unknown header field")
         if found["dtype"] != dtype or found["shape"] != axes:
-            raise CorruptCacheError(
-                f"tensor {name} should be {dtype} {axes}, found {found['dtype']} {found['shape']}"
-            )
+            raise CorruptCacheError(f"tensor {name} should be {dtype} {axes}, found {found['dtype']} {found['shape']}")
     try:
         arrays: Arrays = dict(safetensors.numpy.load(raw))
     except (safetensors.SafetensorError, ValueError, TypeError) as exc:
@@ -181,7 +179,7 @@ def write_file(path: Path, data: bytes) -> None:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.rename(temporary, path)
+            temporary.rename(path)
             sync_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -208,7 +206,9 @@ def _header(raw: bytes) -> tuple[dict[str, object], ShardRecord]:
     header = parse_object(raw[8 : 8 + size], what="the safetensors header")
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or set(metadata) != {layout.METADATA_KEY}:
-        raise CorruptCacheError(f"not a kdcache shard: the metadata should have exactly the key {layout.METADATA_KEY!r}")
+        raise CorruptCacheError(
+            f"not a kdcache shard: the metadata should have exactly the key {layout.METADATA_KEY!r}"
+        )
     record = parse_object(str(metadata[layout.METADATA_KEY]).encode(), what="the shard record")
     if set(record) != {"format", "version", "plan", "index", "content"} or record["format"] != layout.FORMAT:
         raise CorruptCacheError("not a kdcache shard: unknown fields in the shard record")

@@ -117,7 +117,9 @@ class CacheWriter:
                 raise CacheError(f"{len(todo)} shards are missing or broken: {(complaints or todo)[:3]}")
         entries = [self._committed[i] for i in range(len(self.plan.shards))]
         summaries = tuple(
-            summarise(split, [e.statistics for e, s in zip(entries, self.plan.shards, strict=True) if s.split == number])
+            summarise(
+                split, [e.statistics for e, s in zip(entries, self.plan.shards, strict=True) if s.split == number]
+            )
             for number, split in enumerate(self.plan.data.splits)
         )
         manifest = Manifest(

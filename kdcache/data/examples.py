@@ -54,8 +54,13 @@ class ExampleSet:
 
     def __iter__(self) -> Iterator[Example]:
         convert = {"instruction": self._instruction, "chat": self._chat, "text": self._text}[self.shape]
-        for index, row in enumerate(self.rows):
-            yield convert(index, row)
+        index = -1
+        try:
+            for index, row in enumerate(self.rows):
+                yield convert(index, row)
+        except UnicodeDecodeError as exc:
+            # The JSON reader lets foreign bytes through; they surface when a row is looked at.
+            raise DataError(f"{self.name} {self.selected}, row {index + 1}: {_cause(exc)}") from exc
 
     def _column(self, row: Mapping[str, Any], key: str, index: int) -> str:
         value = row.get(self.columns.get(key, key))

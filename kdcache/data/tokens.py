@@ -93,7 +93,11 @@ def tokenise(
         if example.empty:
             empty += 1
             continue
-        ids, targets = _encode(_segments(example, tokenizer, prompt, system), tokenizer)
+        segments = _segments(example, tokenizer, prompt, system)
+        if not any(learnt for _, learnt in segments):
+            targetless += 1
+            continue
+        ids, targets = _encode(segments, tokenizer)
         if example.text is not None or prompt == "plain":
             ids, targets = _with_bos(ids, targets, tokenizer)
         truncated += len(ids) > max_length
@@ -106,9 +110,7 @@ def tokenise(
     return TokenRows(rows, total, empty, targetless, truncated)
 
 
-def _segments(
-    example: Example, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None
-) -> Segments:
+def _segments(example: Example, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> Segments:
     """Text pieces in order, each with whether it is learnt."""
     eos = str(tokenizer.eos_token)
     if example.text is not None:
@@ -119,9 +121,7 @@ def _segments(
     if prompt == "plain":
         return _plain(messages, eos)
     if not tokenizer.chat_template:
-        raise TokenizerError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template; use data.prompt plain"
-        )
+        raise TokenizerError(f"the tokenizer {tokenizer.name_or_path} has no chat template; use data.prompt plain")
     return _chat(messages, tokenizer, eos, example.index)
 
 
@@ -158,13 +158,13 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eo
     return segments
 
 
-def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int, *, generation: bool
-) -> str:
+def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int, *, generation: bool) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        # As a batch of one: a conversation that opens with the assistant has nothing before it, and a bare
+        # empty list is not taken for a conversation.
+        return str(tokenizer.apply_chat_template([messages], tokenize=False, add_generation_prompt=generation)[0])
     except (TemplateError, ValueError, TypeError) as exc:
         raise DataError(f"example {index}: the chat template refuses the conversation: {exc}") from exc
 

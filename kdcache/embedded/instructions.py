@@ -13,13 +13,88 @@ from collections.abc import Callable
 
 Triple = tuple[str, str, str]
 
-_WORDS = (
-    "river stone lamp garden window silver orange button candle mirror basket pepper ladder rocket violin carpet "
-    "pencil jacket kettle marble bridge anchor camera turtle forest island planet shadow thunder walnut yellow "
-    "zipper bottle cactus dragon engine feather goblet hammer insect jungle kitten lemon magnet needle onion parrot "
-    "quartz ribbon saddle tunnel umbrella velvet wagon acorn blanket copper dolphin"
-).split()
-_NAMES = "Ana Ben Clara David Emma Farid Grace Hugo Iris Jonas Kira Leo Mina Noah Olga Pavel Rosa Sam Tara Victor".split()
+_WORDS = [
+    "river",
+    "stone",
+    "lamp",
+    "garden",
+    "window",
+    "silver",
+    "orange",
+    "button",
+    "candle",
+    "mirror",
+    "basket",
+    "pepper",
+    "ladder",
+    "rocket",
+    "violin",
+    "carpet",
+    "pencil",
+    "jacket",
+    "kettle",
+    "marble",
+    "bridge",
+    "anchor",
+    "camera",
+    "turtle",
+    "forest",
+    "island",
+    "planet",
+    "shadow",
+    "thunder",
+    "walnut",
+    "yellow",
+    "zipper",
+    "bottle",
+    "cactus",
+    "dragon",
+    "engine",
+    "feather",
+    "goblet",
+    "hammer",
+    "insect",
+    "jungle",
+    "kitten",
+    "lemon",
+    "magnet",
+    "needle",
+    "onion",
+    "parrot",
+    "quartz",
+    "ribbon",
+    "saddle",
+    "tunnel",
+    "umbrella",
+    "velvet",
+    "wagon",
+    "acorn",
+    "blanket",
+    "copper",
+    "dolphin",
+]
+_NAMES = [
+    "Ana",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Farid",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kira",
+    "Leo",
+    "Mina",
+    "Noah",
+    "Olga",
+    "Pavel",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Victor",
+]
 _CAPITALS = {
     "France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Kenya": "Nairobi", "Peru": "Lima",
     "Canada": "Ottawa", "Egypt": "Cairo", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana", "Chile": "Santiago",
@@ -36,8 +111,21 @@ _UNITS = (
     ("kilograms", "grams", 1000), ("days", "hours", 24), ("weeks", "days", 7), ("dozens", "pieces", 12),
     ("liters", "milliliters", 1000), ("feet", "inches", 12),
 )  # fmt: skip
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_MONTHS = "January February March April May June July August September October November December".split()
+_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 
 def generate(count: int, *, seed: int) -> list[dict[str, str]]:
@@ -89,8 +177,16 @@ def _reverse(rng: random.Random) -> Triple:
     word = rng.choice(_WORDS)
     extra = " ".join(rng.sample(_WORDS, rng.randint(2, 4)))
     if rng.random() < 0.3:
-        return rng.choice(("Spell the word with dashes.", "Write the letters with dashes between them.")), word, "-".join(word)
-    return rng.choice(("Reverse the order of the words.", "Write the words in reverse order.")), extra, " ".join(extra.split()[::-1])
+        return (
+            rng.choice(("Spell the word with dashes.", "Write the letters with dashes between them.")),
+            word,
+            "-".join(word),
+        )
+    return (
+        rng.choice(("Reverse the order of the words.", "Write the words in reverse order.")),
+        extra,
+        " ".join(extra.split()[::-1]),
+    )
 
 
 def _upper(rng: random.Random) -> Triple:
@@ -115,7 +211,11 @@ def _sort_numbers(rng: random.Random) -> Triple:
 
 def _count(rng: random.Random) -> Triple:
     words = rng.sample(_WORDS, rng.randint(2, 7))
-    return rng.choice(("Count the words.", "How many words are there?")), " ".join(words), f"There are {len(words)} words."
+    return (
+        rng.choice(("Count the words.", "How many words are there?")),
+        " ".join(words),
+        f"There are {len(words)} words.",
+    )
 
 
 def _pick(rng: random.Random) -> Triple:
@@ -134,7 +234,11 @@ def _convert(rng: random.Random) -> Triple:
 
 def _temperature(rng: random.Random) -> Triple:
     c = rng.randrange(-20, 105, 5)
-    return f"Convert {c} degrees Celsius to Fahrenheit.", "", f"{c} degrees Celsius are {c * 9 // 5 + 32} degrees Fahrenheit."
+    return (
+        f"Convert {c} degrees Celsius to Fahrenheit.",
+        "",
+        f"{c} degrees Celsius are {c * 9 // 5 + 32} degrees Fahrenheit.",
+    )
 
 
 def _day(rng: random.Random) -> Triple:
@@ -147,7 +251,11 @@ def _month(rng: random.Random) -> Triple:
     i, after = rng.randrange(12), rng.random() < 0.5
     other = _MONTHS[(i + (1 if after else -1)) % 12]
     side = "after" if after else "before"
-    return rng.choice(("Which month comes {s} {m}?", "Name the month {s} {m}.")).format(s=side, m=_MONTHS[i]), "", f"{other} comes {side} {_MONTHS[i]}."
+    return (
+        rng.choice(("Which month comes {s} {m}?", "Name the month {s} {m}.")).format(s=side, m=_MONTHS[i]),
+        "",
+        f"{other} comes {side} {_MONTHS[i]}.",
+    )
 
 
 def _capital(rng: random.Random) -> Triple:
@@ -171,8 +279,9 @@ def _classify(rng: random.Random) -> Triple:
 def _listing(rng: random.Random) -> Triple:
     words = rng.sample(_WORDS, rng.randint(2, 4))
     style = rng.choice(("bulleted", "numbered"))
-    mark = (lambda i: "- ") if style == "bulleted" else (lambda i: f"{i + 1}. ")
-    return f"Write the items as a {style} list.", ", ".join(words), "\n".join(mark(i) + w for i, w in enumerate(words))
+    marks = ["- " if style == "bulleted" else f"{i}. " for i in range(1, len(words) + 1)]
+    items = "\n".join(mark + word for mark, word in zip(marks, words, strict=True))
+    return f"Write the items as a {style} list.", ", ".join(words), items
 
 
 def _to_json(rng: random.Random) -> Triple:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ from kdcache.data.examples import load_examples
 from kdcache.data.tokens import TokenRow, tokenise
 from kdcache.embedded.instructions import generate
 from kdcache.errors import StorageError
+from kdcache.models import load_tokenizer, quiet_libraries
 from kdcache.progress import Progress, Silent
 
 if TYPE_CHECKING:
     import torch
+    import transformers
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.recipe import EmbeddedSection
@@ -28,12 +31,25 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_PAD, _END = "<|endoftext|>", "<|im_end|>"
 _VOCABULARY = 1024
 _MAX_LENGTH = 128
 # Every width is a multiple of 64, which 4-bit kernels want.
-_SHAPES: dict[str, dict[str, int]] = {
-    "teacher": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "student": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+_SHAPES: dict[str, dict[str, Any]] = {
+    "teacher": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "student": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
 }
 _LEARNING_RATES = {"teacher": 2e-3, "student": 2e-3}
 _BATCH = 32
@@ -70,7 +86,11 @@ def make_embedded(section: EmbeddedSection, progress: Progress | None = None) ->
 
 
 def _make_data(section: EmbeddedSection, directory: Path) -> None:
-    sizes = {"train": section.train_examples, "validation": section.validation_examples, "pretrain": section.pretrain_examples}
+    sizes = {
+        "train": section.train_examples,
+        "validation": section.validation_examples,
+        "pretrain": section.pretrain_examples,
+    }
     if all((directory / f"{name}.jsonl").exists() for name in sizes):
         return
     # One list of distinct examples, cut in three: no split holds another's example.
@@ -97,30 +117,27 @@ def _make_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=_VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=[_PAD, "<|im_start|>", _END],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator((text for e in examples for text in e.values()), trainer)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=_MAX_LENGTH
+        tokenizer_object=bpe, eos_token=_END, pad_token=_PAD, model_max_length=_MAX_LENGTH
     )
     fast.chat_template = _CHAT_TEMPLATE
-    return fast
+    # Loaded back beside a configuration, as everyone else will load it: the architecture decides which
+    # tokenizer class reads the file, and that class may split text differently.
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        fast.save_pretrained(folder)
+        _config("teacher", fast).save_pretrained(folder)
+        return load_tokenizer(folder)
 
 
-def _make_model(
-    name: str, steps: int, seed: int, directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> None:
-    import torch
+def _config(name: str, tokenizer: PreTrainedTokenizerBase) -> transformers.Qwen2Config:
     import transformers
 
-    from kdcache.models import quiet_libraries
-    from kdcache.student.trainer import ProgressCallback
-
-    quiet_libraries()
-    transformers.set_seed(seed)
-    config = transformers.Qwen2Config(
+    return transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         max_position_embeddings=_MAX_LENGTH * 4,
         tie_word_embeddings=True,
@@ -130,7 +147,18 @@ def _make_model(
         use_cache=False,
         **_SHAPES[name],
     )
-    model = transformers.Qwen2ForCausalLM(config)
+
+
+def _make_model(
+    name: str, steps: int, seed: int, directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> None:
+    import transformers
+
+    from kdcache.student.trainer import ProgressCallback
+
+    quiet_libraries()
+    transformers.set_seed(seed)
+    model = transformers.Qwen2ForCausalLM(_config(name, tokenizer))
     examples = load_examples(str(directory / "pretrain.jsonl"))
     rows = tokenise(examples, tokenizer, max_length=_MAX_LENGTH).rows
     working = directory / f".making-{name}"
@@ -149,7 +177,6 @@ def _make_model(
         use_cpu=True,
         bf16=True,
         dataloader_pin_memory=False,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
@@ -157,13 +184,14 @@ def _make_model(
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
-        train_dataset=[_features(r) for r in rows],  # type: ignore[arg-type]
+        train_dataset=[_features(r) for r in rows],
         data_collator=_Pad(int(tokenizer.pad_token_id)),
         callbacks=[ProgressCallback(progress)],
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     progress.message(f"making the embedded {name} ({sum(p.numel() for p in model.parameters()):,} parameters)")
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained(working)
+    model.bfloat16().save_pretrained(working)
     tokenizer.save_pretrained(working)
     target = directory / name
     shutil.rmtree(target, ignore_errors=True)

@@ -107,7 +107,10 @@ def refuse_other_selection(recipe: Recipe, cache: Cache) -> None:
     pairs: list[tuple[str, Any, Any]] = []
     if "selection" in recipe.model_fields_set:
         chosen = recipe.selection
-        pairs += [(f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key)) for key in type(chosen).model_fields]
+        pairs += [
+            (f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key))
+            for key in type(chosen).model_fields
+        ]
     if recipe.teacher is not None:
         pairs.append(("teacher.model", Path(recipe.teacher.model).name, Path(plan.teacher.name).name))
         pairs.append(("teacher.quantization", recipe.teacher.quantization, plan.teacher.quantization))
@@ -211,8 +214,12 @@ def _trainer(
     progress: Progress,
 ) -> DistillationTrainer:
     loss = recipe.loss
+    if recipe.training.optimizer.startswith("paged_") and arguments.device.type == "cpu":
+        progress.message(
+            f"{recipe.training.optimizer} pages its state to host memory; on the CPU that is where it lies anyway"
+        )
     try:
-        return DistillationTrainer(
+        trainer = DistillationTrainer(
             model=model,
             args=arguments,
             train_dataset=SplitDataset(cache.split(TRAIN)),
@@ -228,3 +235,5 @@ def _trainer(
         )
     except (ValueError, ImportError) as exc:
         raise TrainingError(f"transformers cannot set up the training: {' '.join(str(exc).split())[:300]}") from exc
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer

@@ -92,8 +92,17 @@ def distillation_loss(
     width = head_VD.shape[0] if vocab_size is None else vocab_size
     rows = chunk_rows or max(1, CHUNK_BYTES // (4 * width))
     weights = (temperature, ce_weight, kd_weight)
-    total, ce, kl = _ChunkedLoss.apply(
-        hidden_ND, head_VD, bias_V, labels_N, teacher.ids_NK, teacher.log_probs_NK, teacher.log_tail_N, weights, width, rows
+    total, ce, kl = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND,
+        head_VD,
+        bias_V,
+        labels_N,
+        teacher.ids_NK,
+        teacher.log_probs_NK,
+        teacher.log_tail_N,
+        weights,
+        width,
+        rows,
     )
     return LossSums(total, ce, kl)
 
@@ -164,7 +173,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         scale = grad_outputs[0]
         grads = tuple(None if g is None else g * scale.to(g.dtype) for g in ctx.grads)
-        ctx.grads = None
         return (*grads, *[None] * 7)
 
 

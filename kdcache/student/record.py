@@ -29,8 +29,17 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
 _LOG_COLUMNS = ("step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm")
 # What may change between two sittings of one run without changing the student.
-_FREE_KEYS = ("output", "cache.directory", "cache.positions_per_shard", "training.save_steps", "training.keep_checkpoints",
-              "training.report_to", "training.logging_steps", "student.device", "teacher.device")
+_FREE_KEYS = (
+    "output",
+    "cache.directory",
+    "cache.positions_per_shard",
+    "training.save_steps",
+    "training.keep_checkpoints",
+    "training.report_to",
+    "training.logging_steps",
+    "student.device",
+    "teacher.device",
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,9 @@ class RunDirectory:
 
     def newest_checkpoint(self, progress: Progress) -> Path | None:
         """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+        found = sorted(
+            self.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True
+        )
         for path in found:
             problem = _broken(path)
             if problem is None:
@@ -159,7 +170,9 @@ def load_record(path: Path) -> RunRecord:
     try:
         values = json.loads((path / "run.json").read_text())
     except FileNotFoundError as exc:
-        raise TrainingError(f"{path} holds no finished run (no run.json); finish it with kdcache train-student --resume") from exc
+        raise TrainingError(
+            f"{path} holds no finished run (no run.json); finish it with kdcache train-student --resume"
+        ) from exc
     except (OSError, ValueError) as exc:
         raise TrainingError(f"{path / 'run.json'} is not readable: {exc}") from exc
     if not isinstance(values, dict) or values.get("format") != "kdcache-run":

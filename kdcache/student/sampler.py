@@ -25,8 +25,9 @@ def epoch_order(
     starts = np.concatenate(([0], np.cumsum(shard_sizes))).astype(np.int64)
     shards = generator.permutation(len(shard_sizes))
     order = []
-    for first in range(0, len(shards), window):
-        members = [np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]]
+    # Windows of equal size: a last window of one shard would be mixed less than the others.
+    for members_of in np.array_split(shards, -(-len(shards) // window)):
+        members = [np.arange(starts[s], starts[s + 1]) for s in members_of]
         order.append(generator.permutation(np.concatenate(members)))
     return np.concatenate(order)
 

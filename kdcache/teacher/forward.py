@@ -105,9 +105,7 @@ class TeacherForward:
             targets_BL[i, : len(row.ids)] = row.targets
             mask_BL[i, : len(row.ids)] = 1
         ids = torch.from_numpy(ids_BL).to(self.device)
-        output = self.decoder(
-            input_ids=ids, attention_mask=torch.from_numpy(mask_BL).to(self.device), use_cache=False
-        )
+        output = self.decoder(input_ids=ids, attention_mask=torch.from_numpy(mask_BL).to(self.device), use_cache=False)
         targets = torch.from_numpy(targets_BL).to(self.device)[:, 1:]
         return output.last_hidden_state[:, :-1][targets], ids[:, 1:][targets]
 

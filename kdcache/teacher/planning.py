@@ -79,9 +79,7 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
             columns={str(ours): theirs for ours, theirs in data.columns.items()},
         )
         shapes.add(examples.shape)
-        tokenised = tokenise(
-            examples, tokenizer, prompt=data.prompt, system=data.system, max_length=data.max_length
-        )
+        tokenised = tokenise(examples, tokenizer, prompt=data.prompt, system=data.system, max_length=data.max_length)
         progress.message(f"{name}: {describe(tokenised, data.max_length)}")
         if not tokenised.rows:
             raise DataError(

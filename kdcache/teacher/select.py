@@ -43,9 +43,7 @@ def select(logits_NV: torch.Tensor, labels_N: torch.Tensor, selection: Selection
     """
     maximum_N1 = logits_NV.amax(dim=1, keepdim=True)
     relative_NV = logits_NV - maximum_N1
-    partition_NB = torch.stack(
-        [torch.logsumexp(relative_NV / t, dim=1) for t in selection.temperatures], dim=1
-    )
+    partition_NB = torch.stack([torch.logsumexp(relative_NV / t, dim=1) for t in selection.temperatures], dim=1)
     label_N = relative_NV.gather(1, labels_N[:, None]).squeeze(1) - torch.logsumexp(relative_NV, dim=1)
     values_NK, ids_NK = top_k(relative_NV, min(selection.k, logits_NV.shape[1]))
     keep_NK = torch.isfinite(values_NK)

@@ -1,0 +1,188 @@
+"""A shard's bytes: reproducible, strict when read, atomic when written."""
+
+import errno
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import zstandard
+
+from kdcache.cache import layout, shard
+from kdcache.cache.codec import encode
+from kdcache.errors import CacheError, CorruptCacheError, StorageError
+from tests.cache.samples import VOCAB, sample_sequences
+
+CONTENT = sample_sequences(sequences=3)
+PACKED = shard.pack(encode(CONTENT), plan_digest="a" * 64, index=4)
+COUNTS = {
+    "sequences": 3, "tokens": len(CONTENT.token_ids), "positions": len(CONTENT.rows), "temperatures": 2, "vocab_size": VOCAB,
+}  # fmt: skip
+
+
+def frame(raw, **options):
+    options = {"write_checksum": True, "write_content_size": True, **options}
+    return zstandard.ZstdCompressor(level=3, **options).compress(raw)
+
+
+def with_header(change):
+    """The shard again with its safetensors header changed."""
+    raw = zstandard.ZstdDecompressor().decompress(PACKED)
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    text = change(header)
+    encoded = (text if isinstance(text, str) else json.dumps(header)).encode()
+    return frame(struct.pack("<Q", len(encoded)) + encoded + raw[8 + size :])
+
+
+def test_round_trip_and_equal_bytes():
+    arrays, record = shard.unpack(PACKED, **COUNTS)
+    assert record.index == 4
+    assert record.plan_digest == "a" * 64
+    for name, array in encode(CONTENT).items():
+        assert np.array_equal(arrays[name], array), name
+    assert shard.pack(encode(CONTENT), plan_digest="a" * 64, index=4) == PACKED
+
+
+def test_a_plain_safetensors_reader_opens_it():
+    tensors = safetensors.numpy.load(zstandard.ZstdDecompressor().decompress(PACKED))
+    assert set(tensors) == set(layout.TENSORS)
+
+
+def test_every_truncation_is_refused():
+    for size in range(len(PACKED)):
+        with pytest.raises(CorruptCacheError):
+            shard.unpack(PACKED[:size], **COUNTS)
+
+
+def test_every_flipped_byte_is_refused():
+    for place in range(len(PACKED)):
+        damaged = bytearray(PACKED)
+        damaged[place] ^= 0x41
+        with pytest.raises(CorruptCacheError):
+            shard.unpack(bytes(damaged), **COUNTS)
+
+
+def drop(header):
+    del header["row.head"]
+
+
+def add(header):
+    header["extra"] = header["row.head"]
+
+
+def huge(header):
+    header["entry.id"]["shape"] = [2**63 - 1]
+
+
+def field(header):
+    header["row.head"]["more"] = 1
+
+
+def key(header):
+    header["__metadata__"]["second"] = "x"
+
+
+def version(header):
+    record = json.loads(header["__metadata__"]["kdcache"])
+    header["__metadata__"]["kdcache"] = json.dumps({**record, "version": 99})
+
+
+def twice(header):
+    return json.dumps(header).replace('"row.head"', '"row.head": 1, "row.head"', 1)
+
+
+@pytest.mark.parametrize("change", [drop, add, huge, field, key, version, twice], ids=lambda c: c.__name__)
+def test_a_changed_header_is_refused(change):
+    with pytest.raises(CorruptCacheError):
+        shard.unpack(with_header(change), **COUNTS)
+
+
+def test_a_changed_tensor_behind_good_checksums_is_refused():
+    raw = bytearray(zstandard.ZstdDecompressor().decompress(PACKED))
+    raw[-1] ^= 1
+    with pytest.raises(CorruptCacheError, match="content hash"):
+        shard.unpack(frame(bytes(raw)), **COUNTS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not zstd at all",
+        frame(b"x" * 100, write_checksum=False),
+        zstandard.ZstdCompressor(write_checksum=True, write_content_size=False).compress(b"x" * 100),
+        PACKED + b"trailing",
+        PACKED + PACKED,
+        # thirteen bytes that claim 2**40 bytes of content
+        bytes.fromhex("28b52ffde4") + struct.pack("<Q", 1 << 40),
+    ],
+    ids=["empty", "foreign", "no checksum", "no size", "trailing", "two frames", "bomb"],
+)
+def test_a_frame_that_is_not_ours_is_refused(data):
+    with pytest.raises(CorruptCacheError):
+        shard.unpack(data, **COUNTS)
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename", "directory"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch, call, code):
+    path = tmp_path / "file"
+    shard.write_file(path, b"old")
+
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        if call == "open":
+            patch.setattr(shard.os, "open", fail)
+        elif call == "write":
+            real = os.fdopen
+
+            def fdopen(*args, **kwargs):
+                handle = real(*args, **kwargs)
+
+                class Full:
+                    def __enter__(self):
+                        return self
+
+                    def __exit__(self, *exc):
+                        handle.close()
+
+                    write = staticmethod(fail)
+
+                return Full()
+
+            patch.setattr(shard.os, "fdopen", fdopen)
+        elif call == "fsync":
+            patch.setattr(shard.os, "fsync", fail)
+        elif call == "rename":
+            patch.setattr(shard.Path, "rename", fail)
+        else:
+            patch.setattr(shard, "sync_directory", fail)
+        with pytest.raises(StorageError, match="cannot write"):
+            shard.write_file(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    # Only a failure behind the rename may leave the new content, and then it is whole.
+    assert path.read_bytes() == (b"new" if call == "directory" else b"old")
+
+
+def test_files_respect_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        shard.write_file(tmp_path / "file", b"x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_reading_refuses_what_is_not_a_regular_file(tmp_path):
+    with pytest.raises(CorruptCacheError, match="missing"):
+        shard.read_file(tmp_path / "none", limit=10)
+    with pytest.raises(CorruptCacheError, match="regular file"):
+        shard.read_file(tmp_path, limit=10)
+    (tmp_path / "big").write_bytes(b"x" * 11)
+    with pytest.raises(CacheError, match="limit"):
+        shard.read_file(tmp_path / "big", limit=10)

@@ -1,0 +1,90 @@
+"""Row i of the teacher predicts token i + 1: held from the forward pass through the cache to the batch."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdcache.data.tokens import TokenRow
+from kdcache.models import load_model
+from kdcache.student.collate import IGNORED, Collator
+from kdcache.teacher.capture import shard_content
+from kdcache.teacher.forward import TeacherForward
+from kdcache.teacher.select import Selection, select
+
+
+def full_logits(model, ids):
+    with torch.inference_mode():
+        return model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0].double()
+
+
+rows_strategy = st.lists(
+    st.lists(st.booleans(), min_size=2, max_size=14).filter(lambda m: any(m[1:])), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(masks=rows_strategy, seed=st.integers(0, 100), batch_tokens=st.sampled_from([16, 40, 1000]))
+def test_rows_labels_and_hidden_states_meet(models, masks, seed, batch_tokens):
+    """Any masks, lengths and batching: each row is the teacher's own distribution for the next token."""
+    teacher = load_teacher(models)
+    vocabulary = teacher.config.vocab_size
+    generator = np.random.default_rng(seed)
+    token_rows = []
+    for index, mask in enumerate(masks):
+        targets = np.array(mask)
+        targets[0] = False
+        token_rows.append(TokenRow(index, generator.integers(3, vocabulary, len(mask)).astype(np.uint32), targets))
+    forward = TeacherForward(teacher, vocab_size=vocabulary, pad_id=0)
+    chosen = partial(select, selection=Selection("top_k", vocabulary, 0.0, (1.0, 2.0)))
+    sparse = forward(token_rows, chosen, batch_tokens=batch_tokens)
+    content = shard_content(token_rows, sparse)
+    batch = Collator(pad_id=0, temperature=2.0)([(i, content[i]) for i in range(len(content))])
+
+    flat = 0
+    label_log_probs = sparse.label_log_prob
+    for i, row in enumerate(token_rows):
+        logits = full_logits(teacher, row.ids)
+        for position in range(len(row.ids) - 1):
+            label = int(batch["labels"][i, position + 1])
+            assert (label != IGNORED) == bool(row.targets[position + 1])
+            if label == IGNORED:
+                continue
+            assert label == row.ids[position + 1]
+            truth = torch.log_softmax(logits[position] / 2, dim=0)
+            found = torch.empty(vocabulary).scatter_(0, batch["teacher_ids"][flat], batch["teacher_log_probs"][flat])
+            assert torch.allclose(found.double(), truth, atol=5e-3)
+            exact = torch.log_softmax(logits[position], dim=0)[label]
+            assert abs(float(label_log_probs[flat]) - float(exact)) < 1e-3
+            flat += 1
+        assert (batch["labels"][i, len(row.ids) :] == IGNORED).all()
+        assert batch["attention_mask"][i].sum() == len(row.ids)
+    assert flat == len(batch["teacher_ids"])
+
+
+def load_teacher(models, cache={}):  # noqa: B006 (one load for all examples)
+    if models not in cache:
+        cache[models] = load_model(str(models / "teacher"), dtype="float32", device="cpu")
+    return cache[models]
+
+
+def test_short_rows_are_filled_with_nothing(models):
+    teacher = load_teacher(models)
+    vocabulary = teacher.config.vocab_size
+    ids = np.arange(3, 15).astype(np.uint32)
+    row = TokenRow(0, ids, np.r_[False, np.ones(11, dtype=bool)])
+    forward = TeacherForward(teacher, vocab_size=vocabulary, pad_id=0)
+    sparse = forward(
+        [row], partial(select, selection=Selection("threshold", 200, float(1.2 / vocabulary), (1.0,))), batch_tokens=64
+    )
+    assert len(set(sparse.head.tolist())) > 1
+    content = shard_content([row], sparse)
+    batch = Collator(pad_id=0, temperature=1.0)([(0, content[0])])
+    kept = torch.exp(batch["teacher_log_probs"].double()).sum(dim=1)
+    assert np.allclose(kept, sparse.kept_mass()[:, 0], atol=1e-6)
+    assert torch.allclose(
+        kept + torch.exp(batch["teacher_log_tail"].double()), torch.ones(11, dtype=torch.float64), atol=1e-6
+    )
+    assert (torch.isneginf(batch["teacher_log_probs"]).sum(dim=1).numpy() == sparse.head.max() - sparse.head).all()

@@ -1,0 +1,180 @@
+"""The loss against the dense float64 oracle: value and gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcache.student.loss import SparseTeacher, distillation_loss
+from tests.reference import dense_loss, relative_error
+
+TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
+
+
+def make_case(rows, vocabulary, kept, *, hidden=16, seed=0, ragged=False, scale=2.0, temperature=1.0):
+    """Hidden states, head, labels and a teacher whose rows come from its own dense logits."""
+    g = torch.Generator().manual_seed(seed)
+    states = torch.randn(rows, hidden, generator=g)
+    head = torch.randn(vocabulary, hidden, generator=g) * scale / hidden**0.5
+    labels = torch.randint(vocabulary, (rows,), generator=g)
+    log_p = torch.log_softmax(torch.randn(rows, vocabulary, generator=g).double() * 3 / temperature, dim=1)
+    values, ids = log_p.topk(kept, dim=1)
+    if ragged:
+        for row in range(rows):
+            count = 1 + (row * 7 + seed) % kept
+            values[row, count:] = -torch.inf
+            ids[row, count:] = ids[row, 0]
+    rest = (1 - values.exp().sum(dim=1)).clamp(min=0.0)
+    if kept == vocabulary and not ragged:
+        rest.zero_()
+    return states, head, labels, SparseTeacher(ids, values.float(), rest.log().float())
+
+
+def check(states, head, labels, teacher, *, tolerance=1e-5, bias=None, **weights):
+    leaves = [states.clone().requires_grad_(True), head.clone().requires_grad_(True)]
+    if bias is not None:
+        leaves.append(bias.clone().requires_grad_(True))
+    sums = distillation_loss(
+        leaves[0], leaves[1], labels, teacher, bias_V=leaves[2] if bias is not None else None, chunk_rows=3, **weights
+    )
+    grads = torch.autograd.grad(sums.total, leaves)
+    parts = (teacher.ids_NK, teacher.log_probs_NK, teacher.log_tail_N)
+    total, ce, kl, truth = dense_loss(states, head, bias, labels, parts, **weights)
+    for found, expected in ((sums.total, total), (sums.ce, ce), (sums.kl, kl)):
+        assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5, abs=1e-5)
+    for found, expected in zip(grads, truth, strict=True):
+        assert relative_error(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("tail", ["lumped", "renormalised"])
+def test_value_and_gradient_match_the_dense_oracle(temperature, tail):
+    states, head, labels, teacher = make_case(11, 97, 8, ragged=True, temperature=temperature)
+    teacher = teacher if tail == "lumped" else teacher.renormalised()
+    check(states, head, labels, teacher, temperature=temperature, ce_weight=0.3, kd_weight=0.7)
+
+
+@pytest.mark.parametrize(("ce_weight", "kd_weight"), [(1.0, 0.0), (0.0, 1.0)])
+def test_each_term_alone(ce_weight, kd_weight):
+    states, head, labels, teacher = make_case(7, 50, 5)
+    check(states, head, labels, teacher, temperature=2.0, ce_weight=ce_weight, kd_weight=kd_weight)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "kept"), [(1, 40, 4), (5, 40, 1), (5, 6, 6), (4, 2, 1)])
+def test_awkward_shapes(rows, vocabulary, kept):
+    states, head, labels, teacher = make_case(rows, vocabulary, kept)
+    check(states, head, labels, teacher, temperature=2.0, ce_weight=0.5, kd_weight=0.5)
+
+
+def test_label_outside_and_inside_the_kept_set():
+    states, head, _, teacher = make_case(2, 30, 4)
+    inside = int(teacher.ids_NK[0, 1])
+    outside = next(v for v in range(30) if v not in teacher.ids_NK[1].tolist())
+    labels = torch.tensor([inside, outside])
+    check(states, head, labels, teacher, temperature=2.0, ce_weight=0.5, kd_weight=0.5)
+
+
+def test_head_bias_gets_its_gradient():
+    states, head, labels, teacher = make_case(6, 33, 5)
+    check(states, head, labels, teacher, bias=torch.linspace(-1, 1, 33), temperature=2.0, ce_weight=0.5, kd_weight=0.5)
+
+
+def test_equal_logits():
+    states, head, labels, teacher = make_case(3, 20, 4)
+    check(torch.zeros_like(states), head, labels, teacher, temperature=2.0, ce_weight=0.5, kd_weight=0.5)
+
+
+def test_padded_vocabulary_is_as_if_it_were_not_there():
+    states, head, labels, teacher = make_case(5, 24, 4)
+    padded = torch.cat([head, torch.full((8, head.shape[1]), 9.0)])
+    options = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5}
+    a, b = states.clone().requires_grad_(True), states.clone().requires_grad_(True)
+    wide = padded.clone().requires_grad_(True)
+    plain = distillation_loss(a, head, labels, teacher, **options)
+    cut = distillation_loss(b, wide, labels, teacher, vocab_size=24, **options)
+    plain.total.backward()
+    cut.total.backward()
+    assert torch.equal(plain.total, cut.total)
+    assert torch.equal(a.grad, b.grad)
+    assert not wide.grad[24:].any()
+
+
+def test_student_far_from_the_teacher_is_never_clamped():
+    # The student puts e**-200 outside its favourite: exponentials underflow, the loss must not.
+    states, head = torch.ones(1, 1), torch.tensor([[200.0], [0.0], [0.0], [0.0]])
+    teacher = SparseTeacher(torch.tensor([[1]]), torch.tensor([[0.5]]).log(), torch.tensor([0.5]).log())
+    weights = {"temperature": 1.0, "ce_weight": 0.0, "kd_weight": 1.0}
+    check(states, head, torch.tensor([1]), teacher, **weights)
+    outside = SparseTeacher(torch.tensor([[0]]), torch.tensor([[0.5]]).log(), torch.tensor([0.5]).log())
+    check(states, head, torch.tensor([1]), outside, **weights)
+
+
+def test_impossible_student_entries_give_no_nan():
+    states, head, labels, teacher = make_case(2, 12, 3)
+    bias = torch.zeros(12)
+    free = next(v for v in range(12) if v not in teacher.ids_NK and v not in labels)
+    bias[free] = -torch.inf
+    leaf = states.clone().requires_grad_(True)
+    sums = distillation_loss(leaf, head, labels, teacher, bias_V=bias, temperature=2.0, ce_weight=0.5, kd_weight=0.5)
+    sums.total.backward()
+    assert torch.isfinite(sums.total)
+    assert torch.isfinite(leaf.grad).all()
+
+
+def test_student_equal_to_teacher_has_no_kl_and_no_kd_gradient():
+    states, head, labels, _ = make_case(6, 40, 5)
+    log_p = torch.log_softmax((states.double() @ head.double().T) / 2, dim=1)
+    values, ids = log_p.topk(5, dim=1)
+    teacher = SparseTeacher(ids, values.float(), (1 - values.exp().sum(1)).log().float())
+    leaf = states.clone().requires_grad_(True)
+    sums = distillation_loss(leaf, head, labels, teacher, temperature=2.0, ce_weight=0.0, kd_weight=1.0)
+    sums.total.backward()
+    assert abs(float(sums.kl)) < 1e-5
+    assert leaf.grad.norm() < 1e-5
+
+
+def test_gradcheck_in_float64():
+    states, head, labels, teacher = make_case(4, 9, 3, hidden=5, ragged=True)
+    exact = SparseTeacher(teacher.ids_NK, teacher.log_probs_NK.double(), teacher.log_tail_N.double())
+    leaves = (states.double().requires_grad_(True), head.double().requires_grad_(True))
+
+    def total(hidden, weight):
+        return distillation_loss(
+            hidden, weight, labels, exact, temperature=2.0, ce_weight=0.4, kd_weight=0.6, chunk_rows=2
+        ).total
+
+    assert torch.autograd.gradcheck(total, leaves)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    vocabulary=st.integers(2, 60),
+    seed=st.integers(0, 1000),
+    chunk=st.integers(1, 10),
+    temperature=st.sampled_from(TEMPERATURES),
+    data=st.data(),
+)
+def test_sums_do_not_depend_on_chunks_or_on_how_rows_are_split(rows, vocabulary, seed, chunk, temperature, data):
+    kept = data.draw(st.integers(1, vocabulary))
+    states, head, labels, teacher = make_case(rows, vocabulary, kept, seed=seed, ragged=True, temperature=temperature)
+    options = {"temperature": temperature, "ce_weight": 0.5, "kd_weight": 0.5}
+    whole = distillation_loss(states, head, labels, teacher, chunk_rows=chunk, **options)
+    cut = data.draw(st.integers(0, rows))
+    parts = []
+    for span in (slice(0, cut), slice(cut, rows)):
+        part = SparseTeacher(teacher.ids_NK[span], teacher.log_probs_NK[span], teacher.log_tail_N[span])
+        parts.append(distillation_loss(states[span], head, labels[span], part, **options))
+    assert float(whole.total) == pytest.approx(float(parts[0].total + parts[1].total), rel=1e-5, abs=1e-4)
+    check(states, head, labels, teacher, tolerance=1e-4, **options)
+
+
+def test_bfloat16_hidden_states_are_no_worse_than_the_naive_way():
+    states, head, labels, teacher = make_case(32, 200, 8, hidden=32, temperature=2.0)
+    half = states.bfloat16()
+    weights = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5}
+    parts = (teacher.ids_NK, teacher.log_probs_NK, teacher.log_tail_N)
+    truth = dense_loss(half.float(), head, None, labels, parts, **weights)[3][0]
+    leaf = half.clone().requires_grad_(True)
+    distillation_loss(leaf, head, labels, teacher, **weights).total.backward()
+    assert relative_error(leaf.grad, truth) < 4e-3  # one rounding to bfloat16

@@ -1,0 +1,104 @@
+"""Recipes: strict, explained, documented; the shipped ones say what was published."""
+
+from pathlib import Path
+
+import pytest
+
+from kdcache.errors import RecipeError
+from kdcache.recipe import load_recipe, parse_recipe, recipe_keys
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+MINIMAL = {"output": "o", "cache": {"directory": "c"}}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_shipped_recipes_load(path):
+    recipe = load_recipe(path)
+    assert recipe.student is not None
+    assert recipe.teacher is not None
+
+
+def test_the_reference_experiment_is_as_published():
+    r = load_recipe(ROOT / "recipes/qwen2.5-3b-to-0.5b.yaml")
+    assert (r.teacher.model, r.teacher.quantization) == ("Qwen/Qwen2.5-3B-Instruct", "nf4")
+    assert (r.student.model, r.student.quantization) == ("Qwen/Qwen2.5-0.5B-Instruct", "nf4")
+    assert (r.student.lora.r, r.student.lora.alpha, r.student.lora.dropout) == (16, 32, 0.05)
+    assert (r.loss.ce_weight, r.loss.kd_weight, r.loss.temperature) == (0.5, 0.5, 2.0)
+    t = r.training
+    assert (t.learning_rate, t.epochs, t.clip, t.optimizer) == (2e-4, 3.0, 0.5, "paged_adamw_8bit")
+    assert t.gradient_checkpointing
+    assert r.data.max_length == 512
+    assert [(s.path, s.split) for s in (r.data.train, r.data.validation)] == [
+        ("yahma/alpaca-cleaned", "train[:5%]"),
+        ("yahma/alpaca-cleaned", "train[5%:6%]"),
+    ]
+    best = load_recipe(ROOT / "recipes/qwen2.5-3b-to-0.5b-best.yaml")
+    changed = {"output": best.output, "training": best.training}
+    assert best == r.model_copy(update=changed)
+    assert best.training == r.training.model_copy(update={"learning_rate": 1e-4})
+
+
+def test_overrides_are_yaml_and_reach_any_key():
+    recipe = load_recipe(
+        RECIPES[0],
+        [
+            "loss.temperature=4",
+            "training.learning_rate=1e-4",
+            "student.lora.targets=[q_proj, v_proj]",
+            "training.clip=null",
+        ],
+    )
+    assert recipe.loss.temperature == 4.0
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.student.lora.targets == ["q_proj", "v_proj"]
+    assert recipe.training.clip is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": {"temprature": 2}}, r"unknown recipe key loss\.temprature; did you mean loss\.temperature\?"),
+        ({"lambda": 1}, "unknown recipe key lambda"),
+        ({"loss": {"temperature": -1}}, r"recipe key loss\.temperature: .*greater than 0, found -1"),
+        ({"loss": {"temperature": float("nan")}}, r"loss\.temperature"),
+        ({"loss": {"ce_weight": 0, "kd_weight": 0}}, r"loss\.ce_weight and loss\.kd_weight are both 0"),
+        ({"selection": {"method": "threshold"}}, r"selection\.method threshold needs selection\.floor"),
+        ({"selection": {"floor": 0.1}}, r"selection\.floor is for selection\.method threshold"),
+        ({"selection": {"temperatures": [2.0, 1.0]}}, r"selection\.temperatures should be positive and rise"),
+        ({"student": {"model": "m", "lora": None}}, r"student\.lora is null .* needs student\.quantization none"),
+        ({"training": {"warmup": 1.5}}, r"training\.warmup"),
+        ({"training": {"batch_size": "many"}}, r"training\.batch_size: .*found 'many'"),
+        ({"output": None}, "recipe key output"),
+    ],
+)
+def test_bad_values_name_the_key_and_the_way_out(change, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({**MINIMAL, **change})
+
+
+def test_missing_keys_files_and_broken_yaml(tmp_path):
+    with pytest.raises(RecipeError, match="lacks output"):
+        parse_recipe({"cache": {"directory": "c"}})
+    with pytest.raises(RecipeError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+    for text, message in (
+        ("a: [", "not YAML"),
+        ("- 1", "mapping"),
+        ("output: a\noutput: b", "stands twice"),
+        ("a: !!python/object:os.system x", "not YAML"),
+    ):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(tmp_path / "r.yaml")
+    for override in ("loss.temperature", "=3", "output.x=1"):
+        with pytest.raises(RecipeError, match="override"):
+            load_recipe(RECIPES[0], [override])
+
+
+def test_every_key_is_documented_where_users_look():
+    page = (ROOT / "recipes/README.md").read_text()
+    for key, (default, description) in recipe_keys().items():
+        assert description, key
+        line = f"| `{key}` | {'required' if default is ... else f'`{default!r}`'} | {description} |"
+        assert line in page, f"recipes/README.md lacks: {line}"
