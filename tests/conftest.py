@@ -8,12 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from kdcache.embedded.make import make_embedded
-from kdcache.recipe import EmbeddedSection, parse_recipe
-from kdcache.teacher.capture import capture
+from kdcache.embedded.make import make_embedded  # noqa: E402
+from kdcache.recipe import EmbeddedSection, parse_recipe  # noqa: E402
+from kdcache.teacher.capture import capture  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -11,121 +11,9 @@ import json
 import random
 from collections.abc import Callable
 
-Triple = tuple[str, str, str]
+from kdcache.embedded.facts import ANIMALS, CAPITALS, DAYS, MONTHS, NAMES, UNITS, WORDS
 
-_WORDS = [
-    "river",
-    "stone",
-    "lamp",
-    "garden",
-    "window",
-    "silver",
-    "orange",
-    "button",
-    "candle",
-    "mirror",
-    "basket",
-    "pepper",
-    "ladder",
-    "rocket",
-    "violin",
-    "carpet",
-    "pencil",
-    "jacket",
-    "kettle",
-    "marble",
-    "bridge",
-    "anchor",
-    "camera",
-    "turtle",
-    "forest",
-    "island",
-    "planet",
-    "shadow",
-    "thunder",
-    "walnut",
-    "yellow",
-    "zipper",
-    "bottle",
-    "cactus",
-    "dragon",
-    "engine",
-    "feather",
-    "goblet",
-    "hammer",
-    "insect",
-    "jungle",
-    "kitten",
-    "lemon",
-    "magnet",
-    "needle",
-    "onion",
-    "parrot",
-    "quartz",
-    "ribbon",
-    "saddle",
-    "tunnel",
-    "umbrella",
-    "velvet",
-    "wagon",
-    "acorn",
-    "blanket",
-    "copper",
-    "dolphin",
-]
-_NAMES = [
-    "Ana",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Farid",
-    "Grace",
-    "Hugo",
-    "Iris",
-    "Jonas",
-    "Kira",
-    "Leo",
-    "Mina",
-    "Noah",
-    "Olga",
-    "Pavel",
-    "Rosa",
-    "Sam",
-    "Tara",
-    "Victor",
-]
-_CAPITALS = {
-    "France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Kenya": "Nairobi", "Peru": "Lima",
-    "Canada": "Ottawa", "Egypt": "Cairo", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana", "Chile": "Santiago",
-    "Poland": "Warsaw", "Austria": "Vienna", "Portugal": "Lisbon", "Sweden": "Stockholm", "Finland": "Helsinki",
-    "Ireland": "Dublin", "Hungary": "Budapest", "Thailand": "Bangkok", "Vietnam": "Hanoi", "Ghana": "Accra",
-}  # fmt: skip
-_ANIMALS = {
-    "sparrow": "bird", "eagle": "bird", "owl": "bird", "salmon": "fish", "trout": "fish", "shark": "fish",
-    "cobra": "reptile", "lizard": "reptile", "crocodile": "reptile", "horse": "mammal", "whale": "mammal",
-    "bat": "mammal", "frog": "amphibian", "newt": "amphibian", "beetle": "insect", "ant": "insect",
-}  # fmt: skip
-_UNITS = (
-    ("meters", "centimeters", 100), ("kilometers", "meters", 1000), ("hours", "minutes", 60), ("minutes", "seconds", 60),
-    ("kilograms", "grams", 1000), ("days", "hours", 24), ("weeks", "days", 7), ("dozens", "pieces", 12),
-    ("liters", "milliliters", 1000), ("feet", "inches", 12),
-)  # fmt: skip
-_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-_MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+Triple = tuple[str, str, str]
 
 
 def generate(count: int, *, seed: int) -> list[dict[str, str]]:
@@ -174,8 +62,8 @@ def _parity(rng: random.Random) -> Triple:
 
 
 def _reverse(rng: random.Random) -> Triple:
-    word = rng.choice(_WORDS)
-    extra = " ".join(rng.sample(_WORDS, rng.randint(2, 4)))
+    word = rng.choice(WORDS)
+    extra = " ".join(rng.sample(WORDS, rng.randint(2, 4)))
     if rng.random() < 0.3:
         return (
             rng.choice(("Spell the word with dashes.", "Write the letters with dashes between them.")),
@@ -190,14 +78,14 @@ def _reverse(rng: random.Random) -> Triple:
 
 
 def _upper(rng: random.Random) -> Triple:
-    words = " ".join(rng.sample(_WORDS, rng.randint(1, 3)))
+    words = " ".join(rng.sample(WORDS, rng.randint(1, 3)))
     if rng.random() < 0.5:
         return rng.choice(("Write this in capital letters.", "Convert to upper case.")), words, words.upper()
     return rng.choice(("Capitalize every word.", "Write this in title case.")), words, words.title()
 
 
 def _sort_words(rng: random.Random) -> Triple:
-    words = rng.sample(_WORDS, rng.randint(3, 5))
+    words = rng.sample(WORDS, rng.randint(3, 5))
     ask = rng.choice(("Sort the words alphabetically.", "Put these words in alphabetical order."))
     return ask, ", ".join(words), ", ".join(sorted(words))
 
@@ -210,7 +98,7 @@ def _sort_numbers(rng: random.Random) -> Triple:
 
 
 def _count(rng: random.Random) -> Triple:
-    words = rng.sample(_WORDS, rng.randint(2, 7))
+    words = rng.sample(WORDS, rng.randint(2, 7))
     return (
         rng.choice(("Count the words.", "How many words are there?")),
         " ".join(words),
@@ -219,14 +107,14 @@ def _count(rng: random.Random) -> Triple:
 
 
 def _pick(rng: random.Random) -> Triple:
-    words = rng.sample(_WORDS, rng.randint(3, 6))
+    words = rng.sample(WORDS, rng.randint(3, 6))
     which = rng.choice(("first", "last", "longest"))
     answer = {"first": words[0], "last": words[-1], "longest": max(words, key=len)}[which]
     return f"Name the {which} word of the list.", ", ".join(words), f"The {which} word is {answer}."
 
 
 def _convert(rng: random.Random) -> Triple:
-    big, small, factor = rng.choice(_UNITS)
+    big, small, factor = rng.choice(UNITS)
     n = rng.randint(2, 40)
     ask = rng.choice((f"Convert {n} {big} to {small}.", f"How many {small} are {n} {big}?"))
     return ask, "", f"{n} {big} are {n * factor} {small}."
@@ -243,41 +131,41 @@ def _temperature(rng: random.Random) -> Triple:
 
 def _day(rng: random.Random) -> Triple:
     i, n = rng.randrange(7), rng.randint(1, 6)
-    ask = rng.choice((f"What day is {n} days after {_DAYS[i]}?", f"Today is {_DAYS[i]}. Which day comes in {n} days?"))
-    return ask, "", f"It is {_DAYS[(i + n) % 7]}."
+    ask = rng.choice((f"What day is {n} days after {DAYS[i]}?", f"Today is {DAYS[i]}. Which day comes in {n} days?"))
+    return ask, "", f"It is {DAYS[(i + n) % 7]}."
 
 
 def _month(rng: random.Random) -> Triple:
     i, after = rng.randrange(12), rng.random() < 0.5
-    other = _MONTHS[(i + (1 if after else -1)) % 12]
+    other = MONTHS[(i + (1 if after else -1)) % 12]
     side = "after" if after else "before"
     return (
-        rng.choice(("Which month comes {s} {m}?", "Name the month {s} {m}.")).format(s=side, m=_MONTHS[i]),
+        rng.choice(("Which month comes {s} {m}?", "Name the month {s} {m}.")).format(s=side, m=MONTHS[i]),
         "",
-        f"{other} comes {side} {_MONTHS[i]}.",
+        f"{other} comes {side} {MONTHS[i]}.",
     )
 
 
 def _capital(rng: random.Random) -> Triple:
-    country = rng.choice(list(_CAPITALS))
-    name = rng.choice(_NAMES)
+    country = rng.choice(list(CAPITALS))
+    name = rng.choice(NAMES)
     ask = rng.choice((
         "What is the capital of {c}?", "Name the capital city of {c}.", "{n} travels to the capital of {c}. Where is {n}?",
     )).format(c=country, n=name)  # fmt: skip
     if name in ask:
-        return ask, "", f"{name} is in {_CAPITALS[country]}, the capital of {country}."
-    return ask, "", f"The capital of {country} is {_CAPITALS[country]}."
+        return ask, "", f"{name} is in {CAPITALS[country]}, the capital of {country}."
+    return ask, "", f"The capital of {country} is {CAPITALS[country]}."
 
 
 def _classify(rng: random.Random) -> Triple:
-    animals = rng.sample(list(_ANIMALS), rng.randint(1, 3))
+    animals = rng.sample(list(ANIMALS), rng.randint(1, 3))
     if len(animals) == 1:
-        return "What kind of animal is this?", animals[0], f"A {animals[0]} is a kind of {_ANIMALS[animals[0]]}."
-    return "Classify the animals.", ", ".join(animals), "\n".join(f"{a}: {_ANIMALS[a]}" for a in animals)
+        return "What kind of animal is this?", animals[0], f"A {animals[0]} is a kind of {ANIMALS[animals[0]]}."
+    return "Classify the animals.", ", ".join(animals), "\n".join(f"{a}: {ANIMALS[a]}" for a in animals)
 
 
 def _listing(rng: random.Random) -> Triple:
-    words = rng.sample(_WORDS, rng.randint(2, 4))
+    words = rng.sample(WORDS, rng.randint(2, 4))
     style = rng.choice(("bulleted", "numbered"))
     marks = ["- " if style == "bulleted" else f"{i}. " for i in range(1, len(words) + 1)]
     items = "\n".join(mark + word for mark, word in zip(marks, words, strict=True))
@@ -285,7 +173,7 @@ def _listing(rng: random.Random) -> Triple:
 
 
 def _to_json(rng: random.Random) -> Triple:
-    name, age, city = rng.choice(_NAMES), rng.randint(18, 80), rng.choice(list(_CAPITALS.values()))
+    name, age, city = rng.choice(NAMES), rng.randint(18, 80), rng.choice(list(CAPITALS.values()))
     text = f"{name} is {age} years old and lives in {city}."
     return "Extract name, age and city as JSON.", text, json.dumps({"name": name, "age": age, "city": city})
 
@@ -298,14 +186,14 @@ def _sequence(rng: random.Random) -> Triple:
 
 
 def _shopping(rng: random.Random) -> Triple:
-    name, item = rng.choice(_NAMES), rng.choice(_WORDS)
+    name, item = rng.choice(NAMES), rng.choice(WORDS)
     n, price = rng.randint(2, 9), rng.randint(2, 12)
     ask = f"{name} buys {n} pieces of {item} at {price} dollars each. How much does {name} pay?"
     return ask, "", f"{n} * {price} = {n * price}. {name} pays {n * price} dollars."
 
 
 def _polite(rng: random.Random) -> Triple:
-    name, item = rng.choice(_NAMES), rng.choice(_WORDS)
+    name, item = rng.choice(NAMES), rng.choice(WORDS)
     kind = rng.choice(("thank-you note", "request", "apology"))
     body = {
         "thank-you note": f"Dear {name}, thank you very much for the {item}.",

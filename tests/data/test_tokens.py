@@ -114,7 +114,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 def test_a_template_that_refuses_is_named_with_its_example(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="example 5: the chat template refuses .* roles must alternate"):
+    with pytest.raises(DataError, match=r"example 5: the chat template refuses .* roles must alternate"):
         tokenise([chat(("user", "u"), ("assistant", "a"), index=5)], other, max_length=64)
 
 
