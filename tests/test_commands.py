@@ -289,10 +289,25 @@ def test_bad_input_to_train_student_is_one_line_and_exit_2(run, recipe, values, 
         for path in (broken / "shards").iterdir():
             path.write_bytes(change(path.read_bytes()))
         refused("is damaged", cache__directory=str(broken))
-        shutil.rmtree(values["output"])
     refused("does not exist", cache__directory=str(shared_cache), student__model="/nowhere/model")
-    shutil.rmtree(values["output"])
     refused("no CUDA device", cache__directory=str(shared_cache), student__device="cuda")
+    refused("selection.k is 9, in the cache 8", cache__directory=str(shared_cache), selection__k=9)
+    other = tmp_path / "other-tokens"
+    shutil.copytree(models / "student", other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_text((other / name).read_text().replace("<|im_start|>", "<|turn|>"))
+    refused("differs from the cache's in 1 of", cache__directory=str(shared_cache), student__model=str(other))
+    # Nothing of this has started a run, so the repaired recipe needs no flag.
+    assert not Path(whole["output"]).exists()
+
+
+def test_a_cache_of_another_plan_is_refused_naming_the_fields(run, recipe, values, shared_cache, tmp_path):
+    values["cache"]["directory"] = str(shutil.copytree(shared_cache, tmp_path / "copy"))
+    values["selection"]["k"] = 9
+    code, _, err = run("teacher-cache", recipe())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "selection.k: 9 against 8" in err
+    assert files(values["cache"]["directory"]) == files(shared_cache)
 
 
 def test_an_error_from_a_real_process_has_no_traceback(tmp_path):

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
+from safetensors import SafetensorError
 
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.errors import DeviceError, PlanMismatchError, RecipeError, TrainingError
+from kdcache.errors import DeviceError, PlanMismatchError, RecipeError, StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import (
     attach_lora,
@@ -78,11 +80,19 @@ def distill(
     before = student_score(model, validation, batch_size=batch, what="student before", progress=progress)
     model = with_adapter(model, student)
     trainer = _trainer(recipe, cache, model, arguments, run, progress)
+    run.begin(recipe, cache.id)
     checkpoint = run.newest_checkpoint(progress) if resume else None
     if checkpoint is not None:
         progress.message(f"going on from {checkpoint.name}")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as exc:
+        raise TrainingError(
+            f"out of memory with training.batch_size {batch}; halve it and double training.accumulation, or use "
+            "training.gradient_checkpointing"
+        ) from exc
+    except (OSError, SafetensorError) as exc:
+        raise StorageError(f"cannot write to {run.path}: {exc}; free some space and go on by --resume") from exc
     finally:
         progress.end()
     scores: dict[str, Score] = {
@@ -151,8 +161,6 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> transformers.Traini
         DeviceError: the precision is not to be had on the device.
         RecipeError: transformers knows no such optimizer, schedule or logger.
     """
-    import torch
-
     t = recipe.training
     device = resolve_device(_student_section(recipe).device)
     if t.precision == "fp16" and device == "cpu":

@@ -68,13 +68,11 @@ class RunDirectory:
         self._record = path / "run.json"
 
     def prepare(self, recipe: Recipe, cache_id: str, *, resume: bool, overwrite: bool) -> RunRecord | None:
-        """Make the directory ready. Returns the record when ``resume`` meets the finished run.
+        """Refuse what must not be touched. Returns the record when ``resume`` meets the finished run.
 
         Raises:
             TrainingError: the directory holds a run that neither flag allows to touch, or another run.
-            StorageError: it cannot be written.
         """
-        identity = {"cache_id": cache_id, "recipe": _flat(recipe.model_dump(mode="json"))}
         if self._started.exists() and overwrite:
             for path in (self.model, self.checkpoints):
                 shutil.rmtree(path, ignore_errors=True)
@@ -86,16 +84,22 @@ class RunDirectory:
                     f"{self.path} holds an earlier run; go on with it by --resume, start over by --overwrite, or give "
                     "the recipe key output another directory"
                 )
-            self._refuse_other_run(identity)
+            self._refuse_other_run(_identity(recipe, cache_id))
             if self._record.exists():
                 return load_record(self.path)
-            return None
+        return None
+
+    def begin(self, recipe: Recipe, cache_id: str) -> None:
+        """Make the directory and write down whose it is; called when nothing but the training can fail any more.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
-        write_file(self._started, json.dumps(identity, indent=1).encode())
-        return None
+        write_file(self._started, json.dumps(_identity(recipe, cache_id), indent=1).encode())
 
     def newest_checkpoint(self, progress: Progress) -> Path | None:
         """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
@@ -227,6 +231,10 @@ def _broken(checkpoint: Path) -> str | None:
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as exc:
         return f"{type(exc).__name__}: {' '.join(str(exc).split())[:120]}"
     return None
+
+
+def _identity(recipe: Recipe, cache_id: str) -> dict[str, Any]:
+    return {"cache_id": cache_id, "recipe": _flat(recipe.model_dump(mode="json"))}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
