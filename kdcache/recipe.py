@@ -156,7 +156,7 @@ class StudentSection(_Section):
 
 
 class LossSection(_Section):
-    """ce_weight * CE + kd_weight * temperature^2 * KL(teacher_T || student_T)."""
+    """ce_weight * CE + kd_weight * temperature^2 * divergence(teacher_T, student_T)."""
 
     temperature: float = Field(2.0, gt=0, le=100, description="T of the KL term.")
     ce_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy with the label.")
@@ -166,6 +166,12 @@ class LossSection(_Section):
         description="mean: per valid token of the whole accumulation window; sum: summed over tokens, averaged over "
         "micro-batches.",
     )
+    divergence: Literal["forward_kl", "soft_ce", "reverse_kl", "jsd"] = Field(
+        "forward_kl",
+        description="forward_kl: KL(teacher, student); soft_ce: the same plus the teacher's entropy; reverse_kl and jsd: "
+        "over the kept entries and one bucket for the rest.",
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of jsd.")
     tail: Literal["lumped", "renormalised"] = Field(
         "lumped",
         description="Mass outside the kept set. lumped: one bucket with its exact mass; renormalised: ignored, the kept "
@@ -176,6 +182,8 @@ class LossSection(_Section):
     def _something_to_learn(self) -> LossSection:
         if self.ce_weight == 0 and self.kd_weight == 0:
             raise ValueError("loss.ce_weight and loss.kd_weight are both 0: nothing to learn")
+        if self.tail == "renormalised" and self.divergence in ("reverse_kl", "jsd"):
+            raise ValueError(f"loss.divergence {self.divergence} needs the mass outside: loss.tail lumped")
         return self
 
 

@@ -9,6 +9,13 @@ if TYPE_CHECKING:
     from kdcache.student.record import RunRecord
 
 SMOOTHING_STEPS = 10
+_TRACES = (
+    ("ce", "cross-entropy", "C1"),
+    ("kl", "KL to teacher, at T", "C2"),
+    ("soft_ce", "soft cross-entropy, at T", "C2"),
+    ("reverse_kl", "reverse KL, at T", "C2"),
+    ("jsd", "generalised JSD, at T", "C2"),
+)
 
 
 def result_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str, str]]:
@@ -66,8 +73,10 @@ def loss_plot(log: list[dict[str, float]], path: Path, *, title: str) -> None:
     total.set_ylabel("total loss")
     total.set_title(title)
     total.legend(frameon=False)
-    for key, label, color in (("ce", "cross-entropy", "C1"), ("kl", "KL to teacher, at T", "C2")):
+    for key, label, color in _TRACES:
         points = [(row["step"], row[key]) for row in log if key in row]
+        if not points:
+            continue
         parts.plot([p[0] for p in points], [p[1] for p in points], color=color, label=label)
     parts.set_ylabel("nats per token")
     parts.set_xlabel("optimizer step")

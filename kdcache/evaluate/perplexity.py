@@ -82,7 +82,7 @@ def student_score(
                 tail="lumped",
             )
             count = len(batch["teacher_log_tail"])
-            ce, kl, tokens = ce + float(sums.ce), kl + float(sums.kl), tokens + count
+            ce, kl, tokens = ce + float(sums.ce), kl + float(sums.divergence), tokens + count
             progress.advance(count, f"perplexity {math.exp(min(ce / tokens, 700.0)):.3f}")
     finally:
         progress.end()

@@ -233,13 +233,7 @@ def _trainer(
             train_dataset=SplitDataset(cache.split(TRAIN)),
             data_collator=Collator(cache.plan.tokenizer.pad_id, loss.temperature),
             callbacks=[ProgressCallback(progress), CsvLog(run.log)],
-            vocab_size=cache.vocab_size,
-            temperature=loss.temperature,
-            ce_weight=loss.ce_weight,
-            kd_weight=loss.kd_weight,
-            reduction=loss.reduction,
-            tail=loss.tail,
-            order_seed=recipe.seed,
+            distillation={**loss.model_dump(), "vocab_size": cache.vocab_size, "order_seed": recipe.seed},
         )
     except (ValueError, ImportError) as exc:
         raise TrainingError(f"transformers cannot set up the training: {' '.join(str(exc).split())[:300]}") from exc

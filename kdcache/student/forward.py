@@ -9,6 +9,7 @@ import torch
 
 from kdcache.models import head_of
 from kdcache.student.collate import IGNORED
+from kdcache.student.divergence import Divergence
 from kdcache.student.loss import LossSums, SparseTeacher, distillation_loss
 
 
@@ -21,7 +22,9 @@ def loss_sums(
     temperature: float,
     ce_weight: float,
     kd_weight: float,
-    tail: str,
+    tail: str = "lumped",
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
 ) -> LossSums:
     """Loss sums of a batch made by `Collator`.
 
@@ -35,6 +38,8 @@ def loss_sums(
         ce_weight: lambda_CE.
         kd_weight: lambda_KD.
         tail: ``lumped`` or ``renormalised``.
+        divergence: as `distillation_loss` takes it.
+        beta: of the generalised JSD.
     """
     output = model(
         input_ids=batch["input_ids"],
@@ -55,6 +60,8 @@ def loss_sums(
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
+        divergence=divergence,
+        beta=beta,
         bias_V=bias,
         vocab_size=vocab_size,
     )

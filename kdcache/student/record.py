@@ -22,12 +22,13 @@ from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
+from kdcache.student.trainer import DIVERGENCE_KEYS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
-_LOG_COLUMNS = ("step", "epoch", "loss", "ce", "kl", "learning_rate", "grad_norm")
+_LOG_COLUMNS = ("step", "epoch", "loss", "ce", *DIVERGENCE_KEYS, "learning_rate", "grad_norm")
 # What may change between two sittings of one run without changing the student.
 _FREE_KEYS = (
     "output",

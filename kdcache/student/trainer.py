@@ -12,8 +12,15 @@ from kdcache.cache.codec import CachedSequence
 from kdcache.cache.reader import Split
 from kdcache.errors import TrainingError
 from kdcache.progress import Progress
+from kdcache.student.collate import IGNORED
+from kdcache.student.divergence import Divergence
 from kdcache.student.forward import loss_sums
+from kdcache.student.loss import LossSums
 from kdcache.student.sampler import ShardSampler
+
+# Forward KL is what a reader expects under "kl"; the others go by their own names.
+LOGGED_AS = {"forward_kl": "kl"}
+DIVERGENCE_KEYS = ("kl", "soft_ce", "reverse_kl", "jsd")
 
 
 class SplitDataset(Dataset[tuple[int, CachedSequence]]):
@@ -29,40 +36,49 @@ class SplitDataset(Dataset[tuple[int, CachedSequence]]):
         return index, self.split[index]
 
 
-class DistillationTrainer(transformers.Trainer):
-    """Trains on a `SplitDataset` with a `Collator`.
+class CachedDistillation:
+    """What turns a transformers.Trainer, or any trainer built on it, into one that distils from a cache.
 
-    Args:
-        vocab_size: the cache's vocabulary.
-        temperature: T, the collator's.
-        ce_weight: lambda_CE.
-        kd_weight: lambda_KD.
-        reduction: ``mean`` per valid token of the whole accumulation window, over all processes, or
-            ``sum`` over tokens averaged over micro-batches.
-        tail: ``lumped`` or ``renormalised``.
-        order_seed: seed of the order of samples.
-        **kwargs: of transformers.Trainer.
+    A mixin: ``class Mine(CachedDistillation, trl.SFTTrainer)``. Give the trainer a `SplitDataset`, a `Collator`,
+    arguments with ``remove_unused_columns=False`` and ``label_names=["labels"]``, and call `set_distillation` before
+    ``train()``.
     """
 
-    def __init__(
+    def set_distillation(
         self,
         *,
         vocab_size: int,
         temperature: float,
         ce_weight: float,
         kd_weight: float,
-        reduction: str,
-        tail: str,
-        order_seed: int,
-        **kwargs: Any,
+        reduction: str = "mean",
+        tail: str = "lumped",
+        divergence: Divergence = "forward_kl",
+        beta: float = 0.5,
+        order_seed: int = 0,
     ) -> None:
-        super().__init__(**kwargs)
+        """Choose the loss.
+
+        Args:
+            vocab_size: the cache's vocabulary.
+            temperature: T, the collator's.
+            ce_weight: lambda_CE.
+            kd_weight: lambda_KD.
+            reduction: ``mean`` per valid token of the whole accumulation window, over all processes, or
+                ``sum`` over tokens averaged over micro-batches.
+            tail: ``lumped`` or ``renormalised``.
+            divergence: as `distillation_loss` takes it.
+            beta: of the generalised JSD.
+            order_seed: seed of the order of samples.
+        """
         self._loss_options: dict[str, Any] = {
             "vocab_size": vocab_size,
             "temperature": temperature,
             "ce_weight": ce_weight,
             "kd_weight": kd_weight,
             "tail": tail,
+            "divergence": divergence,
+            "beta": beta,
         }
         self._reduction = reduction
         self._order_seed = order_seed
@@ -71,23 +87,26 @@ class DistillationTrainer(transformers.Trainer):
         self._window = torch.zeros(3, dtype=torch.float64)
 
     def compute_loss(
-        self,
+        self: Any,
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Loss of a micro-batch, scaled so that the accumulated gradient is that of the whole window."""
-        base = self.accelerator.unwrap_model(model)
-        sums = loss_sums(model, base, inputs, **self._loss_options)
-        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        """Loss of a micro-batch, scaled so that the accumulated gradient is that of the whole window.
+
+        Raises:
+            TrainingError: the loss is not finite; the sequences at fault are named.
+        """
+        sums = loss_sums(model, self.accelerator.unwrap_model(model), inputs, **self._loss_options)
         if not torch.isfinite(sums.total):
-            named = ", ".join(map(str, inputs["sequence_index"].tolist()))
             raise TrainingError(
-                f"the loss is not finite at step {self.state.global_step + 1}, in a batch of the sequences {named} of the "
-                "train split; lower training.learning_rate, or use training.precision bf16 or fp32"
+                f"the loss is not finite at step {self.state.global_step + 1}, in the sequences "
+                f"{_not_finite(sums, inputs)} of the train split; lower training.learning_rate, or use "
+                "training.precision bf16 or fp32"
             )
-        self._window += torch.tensor([float(sums.ce), float(sums.kl), tokens], dtype=torch.float64)
+        tokens = len(sums.ce_N)
+        self._window += torch.tensor([float(sums.ce), float(sums.divergence), tokens], dtype=torch.float64)
         if self._reduction == "sum":
             loss = sums.total / self.args.gradient_accumulation_steps
         else:
@@ -95,21 +114,40 @@ class DistillationTrainer(transformers.Trainer):
             loss = sums.total / count * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add CE and KL per token since the last log line, over all processes."""
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add CE and divergence per token since the last log line, over all processes."""
         if "loss" in logs:
-            ce, kl, tokens = self.accelerator.reduce(self._window.to(self.args.device), "sum").tolist()
+            window = self._window.to(torch.float32).to(self.args.device)
+            ce, divergence, tokens = self.accelerator.reduce(window, "sum").tolist()
             self._window.zero_()
             if tokens:
-                logs = {**logs, "ce": ce / tokens, "kl": kl / tokens}
-        super().log(logs, start_time)
+                name = self._loss_options["divergence"]
+                logs = {**logs, "ce": ce / tokens, LOGGED_AS.get(name, name): divergence / tokens}
+        super().log(logs, start_time)  # type: ignore[misc]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ShardSampler:
+    def _get_train_sampler(self: Any, train_dataset: Any = None) -> ShardSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         assert isinstance(dataset, SplitDataset)
         split = dataset.split
         sizes = [split.cache.plan.shards[i].sequences for i in split.shards]
         return ShardSampler(sizes, cache_id=split.cache.id, seed=self._order_seed)
+
+
+class DistillationTrainer(CachedDistillation, transformers.Trainer):
+    """transformers.Trainer that distils; ``distillation`` are the arguments of `set_distillation`."""
+
+    def __init__(self, *, distillation: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.set_distillation(**distillation)
+
+
+def _not_finite(sums: LossSums, inputs: dict[str, torch.Tensor]) -> str:
+    """Indices of the sequences with a row that is not finite, or of the whole batch."""
+    per_sequence = (inputs["labels"][:, 1:] != IGNORED).sum(dim=1)
+    owner = torch.repeat_interleave(inputs["sequence_index"], per_sequence)
+    bad = ~torch.isfinite(sums.ce_N + sums.divergence_N)
+    named = owner[bad].unique().tolist() or inputs["sequence_index"].tolist()
+    return ", ".join(map(str, named))
 
 
 class ProgressCallback(transformers.TrainerCallback):
@@ -128,7 +166,7 @@ class ProgressCallback(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Keep the newest losses for the next advance."""
         if logs and "loss" in logs:
-            parts = [f"{key} {logs[key]:.4f}" for key in ("loss", "ce", "kl") if key in logs]
+            parts = [f"{key} {logs[key]:.4f}" for key in ("loss", "ce", *DIVERGENCE_KEYS) if key in logs]
             self._note = "  ".join(parts)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

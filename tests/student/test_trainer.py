@@ -46,10 +46,7 @@ def one_step_gradients(values, shared_cache, tmp_path, batch, accumulation, redu
         args=training_arguments(recipe, tmp_path / f"{batch}x{accumulation}"),
         train_dataset=SplitDataset(cache.split("train")),
         data_collator=Collator(cache.plan.tokenizer.pad_id, 2.0),
-        vocab_size=cache.vocab_size,
-        reduction=reduction,
-        order_seed=0,
-        **OPTIONS,
+        distillation={**OPTIONS, "vocab_size": cache.vocab_size, "reduction": reduction},
     )
     trainer.train()
     return grads
@@ -199,7 +196,7 @@ def test_an_earlier_run_is_never_overwritten_by_accident(values, shared_cache):
 def test_a_loss_that_is_not_finite_stops_and_names_the_sequences(values, shared_cache):
     values["cache"]["directory"] = str(shared_cache)
     values["training"] |= {"learning_rate": 1e30, "clip": None}
-    with pytest.raises(TrainingError, match=r"not finite at step \d+, in a batch of the sequences \d+"):
+    with pytest.raises(TrainingError, match=r"not finite at step \d+, in the sequences \d+"):
         distill(parse_recipe(values))
 
 
