@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-_COLUMNS = 8192
+_COLUMNS = 4096
 
 
 class Head:
@@ -47,5 +47,6 @@ class Head:
         # Summed in blocks of columns: over 150,000 of them some CPU kernels add up in one chain, and lose a digit.
         result = grad_CV.new_zeros(len(grad_CV), self._weight_VD.shape[1])
         for start in range(0, self.width, _COLUMNS):
-            result.addmm_(grad_CV[:, start : start + _COLUMNS], self._weight_VD[start : start + _COLUMNS])
+            # Not addmm: it would go on adding to the same chain.
+            result += grad_CV[:, start : start + _COLUMNS] @ self._weight_VD[start : start + _COLUMNS]
         return result
