@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/embedded.yaml
 ARGS ?=
+CACHE ?= runs/embedded/cache
+RUN ?= runs/embedded/student
+# Of train-student alone: FLAGS=--overwrite starts over.
+FLAGS ?= --resume
 KDCACHE = $(VENV)/bin/kdcache
 READY = $(VENV)/.ready
 
 .PHONY: help setup embedded teacher-cache train-student evaluate inspect verify test lint check constraints clean
 
 help:  ## Show this list
+	@echo 'RECIPE=$(RECIPE) ARGS="key.path=value …" FLAGS="$(FLAGS)" CACHE=$(CACHE) RUN=$(RUN)'
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
 
 setup: $(READY)  ## Make the virtual environment
@@ -28,15 +33,15 @@ teacher-cache: $(READY)  ## Run the teacher of RECIPE once and write its cache
 # Only where the cache is not complete yet: a cache that came from elsewhere needs no teacher here.
 train-student: $(READY)  ## Train the student of RECIPE from its cache (made first if incomplete)
 	@$(KDCACHE) teacher-cache $(RECIPE) $(ARGS) --if-incomplete
-	@$(KDCACHE) train-student $(RECIPE) $(ARGS) --resume
+	@$(KDCACHE) train-student $(RECIPE) $(ARGS) $(FLAGS)
 
-evaluate: $(READY)  ## Score a finished run again: make evaluate RUN=runs/embedded/student
+evaluate: $(READY)  ## Score a finished run again: RUN=…
 	@$(KDCACHE) evaluate $(RUN) $(ARGS)
 
-inspect: $(READY)  ## Facts about a cache: make inspect CACHE=runs/embedded/cache
+inspect: $(READY)  ## Facts about a cache: CACHE=…
 	@$(KDCACHE) inspect $(CACHE) $(ARGS)
 
-verify: $(READY)  ## Check every byte of a cache: make verify CACHE=runs/embedded/cache
+verify: $(READY)  ## Check every byte of a cache: CACHE=…
 	@$(KDCACHE) verify $(CACHE) $(ARGS)
 
 test: $(READY)  ## Run the tests

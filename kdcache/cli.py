@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from kdcache.console import byte_size, number_list, printable
 from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
@@ -39,6 +39,23 @@ CacheArgument = Annotated[Path, typer.Argument(help="Cache directory.", show_def
 RunArgument = Annotated[Path, typer.Argument(help="Run directory of kdcache train-student.", show_default=False)]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from kdcache import __version__
+
+        _print(f"kdcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def teacher_cache(
     recipe: RecipeArgument,
@@ -56,19 +73,16 @@ def teacher_cache(
         _print(f"cache {chosen.cache.directory}: complete already")
         return
     _embedded(chosen, progress)
-    from kdcache.models import quiet_libraries
-
-    quiet_libraries()
     if dry_run:
         from kdcache.teacher.estimate import estimate
 
         e = estimate(chosen, progress)
         _print(f"measured on {e.sampled_positions:,} of {e.positions:,} positions; the whole run is predicted to take")
         _print(
-            f"  size    {_bytes(e.cache_bytes)} in {e.shards} shards, {e.cache_bytes / e.positions:.1f} bytes per position"
+            f"  size    {byte_size(e.cache_bytes)} in {e.shards} shards, {e.cache_bytes / e.positions:.1f} bytes per position"
         )
         _print(f"  time    {e.seconds:,.0f} s, {e.positions / e.seconds:,.0f} positions/s")
-        _print(f"  memory  {_bytes(e.memory_bytes)} of {e.memory_of} memory at the peak")
+        _print(f"  memory  {byte_size(e.memory_bytes)} of {e.memory_of} memory at the peak")
         return
     from kdcache.teacher.capture import capture
 
@@ -77,15 +91,14 @@ def teacher_cache(
     positions = sum(s.positions for s in result.manifest.splits)
     did = f"{result.shards_made} shards made in {result.seconds:.0f} s" if result.shards_made else "complete already"
     _print(
-        f"cache {result.directory}: {did}; {positions:,} positions, {_bytes(size)}, {size / positions:.1f} bytes each"
+        f"cache {result.directory}: {did}; {positions:,} positions, {byte_size(size)}, {size / positions:.1f} bytes each"
     )
     for split in result.manifest.splits:
-        perplexity = math.exp(split.teacher_nll / split.positions)
+        perplexity = split.teacher_perplexity
         mass = ", ".join(
             f"{m:.4f} at T={t:g}" for m, t in zip(split.kept_mass_mean, chosen.selection.temperatures, strict=True)
         )
         _print(f"  {split.name}: teacher perplexity {perplexity:.3f}, kept mass {mass}")
-        _warn_low_mass(split.name, split.kept_mass_mean[0], progress)
     _print(f"cache id {result.manifest.cache_id}")
 
 
@@ -142,18 +155,23 @@ def inspect(cache: CacheArgument) -> None:
         ("teacher", f"{plan.teacher.name} ({plan.teacher.architecture}, {plan.teacher.quantization}, {plan.teacher.dtype})"),
         ("tokenizer", f"{plan.tokenizer.vocab_size:,} tokens, fingerprint {plan.tokenizer.fingerprint[:12]}"),
         ("data", f"{plan.data.shape}, prompt {plan.data.prompt}, at most {plan.data.max_length} tokens"),
-        ("kept", f"{selection.method}, k {selection.k}, floor {selection.floor:g}, temperatures {_list(selection.temperatures)}"),
-        ("size", f"{_bytes(size)} in {len(manifest.shards)} shards ({_bytes(raw)} unpacked), {size / positions:.1f} bytes per position"),
+        ("kept", f"{selection.method}, k {selection.k}, floor {selection.floor:g}, temperatures {number_list(selection.temperatures)}"),
+        ("size", f"{byte_size(size)} in {len(manifest.shards)} shards ({byte_size(raw)} unpacked), {size / positions:.1f} bytes per position"),
     ]  # fmt: skip
     for name, value in facts:
         _print(f"{name:10} {value}")
-    rows = [
-        (s.name, f"{p.source} {p.selected}", f"{s.sequences:,}", f"{s.tokens:,}", f"{s.positions:,}",
-         f"{s.entries / s.positions:.1f}", f"{math.exp(s.teacher_nll / s.positions):.3f}", _list(s.kept_mass_mean, 4), _list(s.kept_mass_p1, 3))
-        for s, p in zip(manifest.splits, plan.data.splits, strict=True)
-    ]  # fmt: skip
-    columns = ("split", "from", "sequences", "tokens", "positions", "kept", "teacher ppl", "mass mean", "mass p1")
-    _rich_table(columns, rows)
+    for summary, split in zip(manifest.splits, plan.data.splits, strict=True):
+        _print(f"\n{summary.name}: {split.source} {split.selected}")
+        _print(f"  {summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.positions:,} positions")
+        _print(
+            f"  {split.dropped_empty:,} examples dropped as empty, {split.dropped_no_target:,} with no target left, {split.truncated:,} cut"
+        )
+        _print(
+            f"  {summary.entries / summary.positions:.1f} entries per position, teacher perplexity {summary.teacher_perplexity:.3f}"
+        )
+        _print(
+            f"  kept mass at T = {number_list(selection.temperatures)}: mean {number_list(summary.kept_mass_mean, 4)}, first percentile {number_list(summary.kept_mass_p1, 3)}"
+        )
 
 
 @app.command()
@@ -165,7 +183,7 @@ def verify(cache: CacheArgument) -> None:
     plan, progress = read_plan(cache), _progress()
     progress.begin("verify", len(plan.shards), "shards")
     try:
-        findings = check(cache, on_shard=lambda size: progress.advance(1, _bytes(size)))
+        findings = check(cache, on_shard=lambda size: progress.advance(1))
     finally:
         progress.end()
     for finding in findings:
@@ -208,6 +226,9 @@ def main() -> None:
     except typer.Abort:
         _fail("stopped", _INTERRUPTED)
     except Exception as exc:
+        if type(exc).__name__ == "NoArgsIsHelpError":
+            _print(str(exc))
+            sys.exit(2)
         # click's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(exc, "format_message", None)
         if show is None:
@@ -218,7 +239,7 @@ def main() -> None:
 
 def _fail(line: str, code: int) -> None:
     sys.stdout.flush()
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    print(printable(" ".join(line.split())), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -256,7 +277,7 @@ def _progress() -> Progress:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def _table(record: RunRecord) -> None:
@@ -269,29 +290,11 @@ def _rich_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
-
-
-def _warn_low_mass(split: str, mass: float, progress: Progress) -> None:
-    if mass < 0.9:
-        progress.warning(
-            f"the kept entries of {split} hold only {mass:.1%} of the probability at the first temperature; raise selection.k"
-        )
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return ""
-
-
-def _list(values: tuple[float, ...], digits: int | None = None) -> str:
-    return ", ".join(f"{v:g}" if digits is None else f"{v:.{digits}f}" for v in values)

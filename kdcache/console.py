@@ -12,6 +12,25 @@ if TYPE_CHECKING:
 _PLAIN_EVERY_SECONDS = 10.0
 
 
+def printable(text: str) -> str:
+    """Text without control characters: a stranger's cache must not steer the terminal."""
+    return "".join(c for c in text if c == "\n" or (c.isprintable() and not "\ud800" <= c <= "\udfff"))
+
+
+def byte_size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return ""
+
+
+def number_list(values: tuple[float, ...], digits: int | None = None) -> str:
+    """Numbers separated by commas."""
+    return ", ".join(f"{v:g}" if digits is None else f"{v:.{digits}f}" for v in values)
+
+
 class TerminalProgress:
     """A bar with rate and ETA for each task, messages above it."""
 
@@ -22,11 +41,11 @@ class TerminalProgress:
 
     def message(self, text: str) -> None:
         """One line above the bar."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(printable(text), highlight=False, markup=False)
 
     def warning(self, text: str) -> None:
         """One yellow line above the bar."""
-        self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+        self._console.print(printable(f"warning: {text}"), style="yellow", highlight=False, markup=False)
 
     def begin(self, task: str, total: int, unit: str) -> None:
         """Show a bar."""
@@ -68,7 +87,7 @@ class PlainProgress:
 
     def message(self, text: str) -> None:
         """One line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def warning(self, text: str) -> None:
         """One line."""
@@ -115,4 +134,6 @@ class _Rate:
     def eta(self) -> str:
         if self.done >= self.total:
             return f"{time.monotonic() - self._started:.0f} s"
+        if self.done == 0:
+            return "eta unknown"
         return f"eta {(self.total - self.done) / max(1e-9, self.per_second()):.0f} s"

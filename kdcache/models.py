@@ -1,4 +1,4 @@
-"""Load base models and tokenizers, quantise them, attach LoRA, and say who they are.
+"""Load base models, quantise them, attach LoRA, and say who they are.
 
 Hugging Face ids and local folders alike. Code that ships with a model is never run.
 """
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.strict_json import canonical_sha256
-from kdcache.errors import DeviceError, ModelError, TokenizerError
+from kdcache.errors import DeviceError, ModelError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
@@ -29,17 +28,7 @@ class ModelIdentity:
     revision: str | None
     fingerprint: str
     architecture: str
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """A tokenizer's map: token strings by id (None where an id has no token), and their hash."""
-
-    tokens: list[str | None]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+    head_width: int
 
 
 def quiet_libraries() -> None:
@@ -67,60 +56,6 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
-
-    Raises:
-        ModelError: there is no such folder.
-        TokenizerError: the folder has no tokenizer, or it has no end-of-sequence token.
-    """
-    import transformers
-
-    quiet_libraries()
-    _refuse_missing_folder(model)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
-    except Exception as exc:
-        # Anything from OSError to KeyError, depending on which file is missing or broken.
-        raise TokenizerError(f"{model} has no usable tokenizer: {_first_line(exc)}") from exc
-    if len(tokenizer.get_vocab()) < 2:
-        raise TokenizerError(f"{model} has no usable tokenizer: its vocabulary is empty")
-    if tokenizer.eos_token_id is None:
-        raise TokenizerError(
-            f"the tokenizer of {model} has no end-of-sequence token, which every response should end with; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    return tokenizer
-
-
-def token_map(tokenizer: PreTrainedTokenizerBase) -> TokenMap:
-    """Token strings by id, from id 0 to the largest id that has a token."""
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)
-    # Two spellings of one id: the smaller is kept, so that the map does not depend on dictionary order.
-    for token in sorted(vocabulary, reverse=True):
-        tokens[vocabulary[token]] = token
-    return TokenMap(tokens, canonical_sha256(tokens))
-
-
-def refuse_other_tokens(mine: TokenMap, theirs: list[str | None], model: str) -> None:
-    """Refuse a tokenizer whose map differs from a cache's.
-
-    Raises:
-        TokenizerError: naming the first ids that differ with both spellings.
-    """
-    longest = max(len(mine.tokens), len(theirs))
-    a = mine.tokens + [None] * (longest - len(mine.tokens))
-    b = theirs + [None] * (longest - len(theirs))
-    differing = [i for i in range(longest) if a[i] != b[i]]
-    if differing:
-        shown = "; ".join(f"id {i} is {a[i]!r}, in the cache {b[i]!r}" for i in differing[:4])
-        raise TokenizerError(
-            f"the tokenizer of {model} differs from the cache's in {len(differing)} of {longest} entries: {shown}. "
-            "A student needs its teacher's token map"
-        )
-
-
 def identify(model: str, revision: str | None = None) -> ModelIdentity:
     """Who a model is, without loading it.
 
@@ -130,17 +65,18 @@ def identify(model: str, revision: str | None = None) -> ModelIdentity:
     import transformers
 
     quiet_libraries()
-    _refuse_missing_folder(model)
+    refuse_missing_folder(model)
     try:
         config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     except Exception as exc:
-        raise ModelError(f"cannot read the configuration of {model}: {_first_line(exc)}") from exc
+        raise ModelError(f"cannot read the configuration of {model}: {first_line(exc)}") from exc
     architecture = (config.architectures or ["unknown"])[0]
+    width = int(config.get_text_config().vocab_size)
     folder = Path(model)
     if not folder.is_dir():
         commit = getattr(config, "_commit_hash", None) or revision
         identity = hashlib.sha256(f"{model}@{commit}".encode()).hexdigest()
-        return ModelIdentity(model, commit, identity, architecture)
+        return ModelIdentity(model, commit, identity, architecture, width)
     weights = sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern))
     if not weights:
         raise ModelError(f"{model} has no weights (expected model.safetensors)")
@@ -148,7 +84,7 @@ def identify(model: str, revision: str | None = None) -> ModelIdentity:
     for path in weights:
         with path.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
-    return ModelIdentity(folder.resolve().name, None, digest.hexdigest(), architecture)
+    return ModelIdentity(folder.absolute().name, None, digest.hexdigest(), architecture, width)
 
 
 def load_model(
@@ -178,8 +114,8 @@ def load_model(
 
     quiet_libraries()
     place = resolve_device(device)
-    _refuse_missing_folder(model)
-    compute: torch.dtype = getattr(torch, dtype)
+    refuse_missing_folder(model)
+    compute: torch.dtype = getattr(torch, effective_dtype(quantization, dtype))
     options: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
     if quantization == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -190,15 +126,14 @@ def load_model(
         )
     elif quantization == "int8":
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        # LLM.int8() computes in half precision whatever is asked; another dtype warns at every call.
-        options["dtype"] = torch.float16
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
     except Exception as exc:
-        raise ModelError(f"cannot load {model} ({quantization}, {dtype}, {place}): {_first_line(exc)}") from exc
+        raise ModelError(f"cannot load {model} ({quantization}, {dtype}, {place}): {first_line(exc)}") from exc
     _keep_weights_in_place(loaded)
     loaded.config.use_cache = False
     loaded.eval()
+    _refuse_changed_logits(loaded, model)
     return loaded
 
 
@@ -224,32 +159,47 @@ def attach_lora(
         adapted: PreTrainedModel = peft.get_peft_model(model, config)
         return adapted
     except ValueError as exc:
-        raise ModelError(f"student.lora does not fit the model: {_first_line(exc)}") from exc
+        raise ModelError(f"student.lora does not fit the model: {first_line(exc)}") from exc
+
+
+def load_adapter(model: PreTrainedModel, folder: str, *, quantized: bool) -> PreTrainedModel:
+    """A base model with a saved adapter, in the arithmetic it was trained in.
+
+    Raises:
+        ModelError: there is no such adapter.
+    """
+    import peft
+
+    if quantized:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        adapted: PreTrainedModel = peft.PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"cannot load the adapter {folder}: {first_line(exc)}") from exc
+    return adapted
+
+
+def effective_dtype(quantization: str, dtype: str) -> str:
+    """The arithmetic that is really used: LLM.int8() computes in half precision whatever is asked."""
+    return "float16" if quantization == "int8" else dtype
 
 
 def head_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight ``[V, D]`` and bias ``[V]`` or None of the output head.
 
     Raises:
-        ModelError: the head is not a plain linear layer, or the model changes logits behind it.
+        ModelError: the head is not a plain linear layer.
     """
     import torch
 
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise ModelError(f"the output head is a {type(head).__name__}; a plain linear layer is needed")
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(model.config, key, None)
-        if value not in (None, 1, 1.0):
-            raise ModelError(
-                f"{model.config.model_type} changes its logits behind the head ({key} = {value}), which the loss "
-                "on hidden states would miss; such models are not supported"
-            )
     return head.weight, head.bias
 
 
-def effective_vocabulary(model: PreTrainedModel, tokens: int, name: str) -> int:
-    """Vocabulary columns that stand for tokens; a head padded beyond them is fine, a narrower one is not.
+def refuse_narrow_head(model: PreTrainedModel, tokens: int, name: str) -> None:
+    """A head padded beyond the tokens is fine, a narrower one is not.
 
     Raises:
         ModelError: the head has fewer columns than there are tokens.
@@ -257,7 +207,31 @@ def effective_vocabulary(model: PreTrainedModel, tokens: int, name: str) -> int:
     width = int(model.get_output_embeddings().weight.shape[0])
     if width < tokens:
         raise ModelError(f"the head of {name} has {width} columns, fewer than the {tokens} tokens of the vocabulary")
-    return tokens
+
+
+def _refuse_changed_logits(model: PreTrainedModel, name: str) -> None:
+    """Some families scale or cap their logits behind the head; the head on hidden states is then another model."""
+    import torch
+
+    from kdcache.head import Head
+
+    text = model.config.get_text_config()
+    ids = torch.arange(1, 9, device=model.device)[None] % int(text.vocab_size)
+    with torch.inference_mode():
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = Head(*head_of(model)).logits(hidden)
+        theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    # A cap of 30 bends logits of ordinary size by less than half precision rounds them: ask the configuration too.
+    declared = [
+        k
+        for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        if getattr(text, k, None) not in (None, 1)
+    ]
+    if declared or not torch.allclose(ours, theirs, rtol=0.03, atol=0.03 * float(theirs.abs().max())):
+        raise ModelError(
+            f"{name} ({model.config.model_type}) changes its logits behind the head"
+            f"{' by ' + ', '.join(declared) if declared else ''}; such models are not supported"
+        )
 
 
 def _keep_weights_in_place(model: PreTrainedModel) -> None:
@@ -270,12 +244,18 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _refuse_missing_folder(model: str) -> None:
+def refuse_missing_folder(model: str) -> None:
+    """A name that can only be a folder should be one.
+
+    Raises:
+        ModelError: it does not exist.
+    """
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not Path(model).is_dir():
         raise ModelError(f"the model folder {model} does not exist")
 
 
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
+    """A foreign error in one short line."""
     text = " ".join(str(exc).split())
     return f"{type(exc).__name__}: {text[:240]}"

@@ -7,13 +7,14 @@ Relative paths are relative to the working directory, as on any command line.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdcache.cache.layout import SHARD_LIMIT
 from kdcache.errors import RecipeError
+from kdcache.recipe_keys import explain
 from kdcache.recipe_yaml import read_values
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -69,6 +70,11 @@ class DataSection(_Section):
         description="chat: the tokenizer's chat template; plain: instruction, input and response separated by line breaks.",
     )
     system: str | None = Field(None, description="System message put before every conversation that has none.")
+    date: str = Field(
+        "2024-07-26",
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="What a chat template that writes today's date writes instead, so that a cache does not depend on the day.",
+    )
     max_length: int = Field(
         512, ge=2, le=1 << 20, description="Longest sequence in tokens; longer ones are cut and counted."
     )
@@ -235,6 +241,16 @@ class Recipe(_Section):
     loss: LossSection = Field(default_factory=lambda: LossSection(), description="What is minimised.")
     training: TrainingSection = Field(default_factory=lambda: TrainingSection(), description="How long and how fast.")
 
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Recipe:
+        entry_bytes = 6
+        if self.selection.k * self.cache.positions_per_shard * entry_bytes > SHARD_LIMIT // 2:
+            raise ValueError(
+                f"selection.k {self.selection.k} times cache.positions_per_shard {self.cache.positions_per_shard} makes "
+                f"shards of more than {SHARD_LIMIT // 2:,} bytes; lower one of them"
+            )
+        return self
+
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file and apply ``key.path=value`` overrides (values are YAML).
@@ -254,41 +270,4 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as exc:
-        raise RecipeError(_explain(exc)) from exc
-
-
-def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every key path with its default (or ``...`` where it is required) and its description."""
-    keys: dict[str, tuple[Any, str]] = {}
-    for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
-        default = ... if field.is_required() else field.get_default(call_default_factory=True)
-        if section is None:
-            keys[prefix + name] = (default, field.description or "")
-        else:
-            keys |= recipe_keys(section, f"{prefix}{name}.")
-    return keys
-
-
-def _section_of(annotation: Any) -> type[_Section] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
-
-
-def _explain(exc: ValidationError) -> str:
-    # Unknown keys first: they usually are the cause of what else is wrong.
-    errors = sorted(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    error = errors[0]
-    path = [str(p) for p in error["loc"]]
-    key = ".".join(p for p in path if not p.startswith(("literal[", "list[")))
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    if error["type"] == "extra_forbidden":
-        known = list(recipe_keys()) + list(Recipe.model_fields)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; see recipes/README.md for every key"
-        return f"unknown recipe key {key}{hint}{more}"
-    if error["type"] == "missing":
-        return f"the recipe lacks {key}{more}"
-    if error["type"] == "value_error":
-        return f"{error['ctx']['error']}{more}"
-    return f"recipe key {key}: {error['msg']}, found {error['input']!r}{more}"
+        raise RecipeError(explain(exc, Recipe)) from exc

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdcache.errors import StorageError
+
 if TYPE_CHECKING:
     from kdcache.student.record import RunRecord
 
@@ -37,8 +39,9 @@ def result_markdown(record: RunRecord) -> str:
         *("| " + " | ".join(row) + " |" for row in result_rows(record.scores)),
         "",
         "Loss in nats per token, summed over the response tokens of the cache's validation split; the teacher's row comes",
-        "from the cache alone.",
-        f"Cache {record.values['cache_id'][:12]}, {record.values['steps']} steps, {record.values['seconds']:.0f} s.",
+        "from the cache alone. KL(teacher || student) at T = 1, with the mass outside the cached entries as one bucket.",
+        f"Cache {record.values['cache_id'][:12]}, {record.values['steps']} steps, {record.values['seconds']:.0f} s"
+        + (f" since step {record.values['resumed_at']}." if record.values["resumed_at"] else "."),
     ]
     return "\n".join(lines) + "\n"
 
@@ -73,14 +76,15 @@ def loss_plot(log: list[dict[str, float]], path: Path, *, title: str) -> None:
     total.set_ylabel("total loss")
     total.set_title(title)
     total.legend(frameon=False)
+    other = parts.twinx()
     for key, label, color in _TRACES:
         points = [(row["step"], row[key]) for row in log if key in row]
-        if not points:
-            continue
-        parts.plot([p[0] for p in points], [p[1] for p in points], color=color, label=label)
-    parts.set_ylabel("nats per token")
+        if points:
+            axis = parts if key == "ce" else other
+            axis.plot([p[0] for p in points], [p[1] for p in points], color=color)
+            axis.set_ylabel(f"{label}, nats per token", color=color)
     parts.set_xlabel("optimizer step")
-    parts.legend(frameon=False)
+    other.spines["top"].set_visible(False)
     for axis in (total, parts):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -89,14 +93,20 @@ def loss_plot(log: list[dict[str, float]], path: Path, *, title: str) -> None:
 
 
 def write_pages(record: RunRecord) -> list[Path]:
-    """Write table.md and loss.png into the run directory; returns their paths."""
-    from kdcache.student.record import read_log
+    """Write table.md and loss.png into the run directory; returns their paths.
 
-    table, plot = record.output / "table.md", record.output / "loss.png"
-    table.write_text(result_markdown(record))
-    written = [table]
-    log = read_log(record.output / "log.csv")
-    if log:
-        loss_plot(log, plot, title=f"{record.output.name}: training loss")
-        written.append(plot)
-    return written
+    Raises:
+        StorageError: they cannot be written.
+    """
+    from kdcache.student.log import read_log
+    from kdcache.student.record import RunDirectory
+
+    run = RunDirectory(record.output)
+    try:
+        run.table.write_text(result_markdown(record))
+        log = read_log(run.log) if run.log.exists() else []
+        if log:
+            loss_plot(log, run.plot, title=f"{record.output.name}: training loss")
+    except OSError as exc:
+        raise StorageError(f"cannot write the pages of {record.output}: {exc.strerror or exc}") from exc
+    return [run.table, *([run.plot] if log else [])]

@@ -37,7 +37,7 @@ def data_card(plan: Plan, manifest: Manifest) -> str:
         lines.append(
             f"| {split.name} | {_plain(source.source)} {_plain(source.selected)} | {split.sequences:,} | {split.tokens:,} "
             f"| {split.positions:,} | {split.entries / split.positions:.1f} "
-            f"| {2.718281828459045 ** (split.teacher_nll / split.positions):.3f} | {mass} |"
+            f"| {split.teacher_perplexity:.3f} | {mass} |"
         )
     lines += [
         "",

@@ -74,7 +74,7 @@ def encode(content: ShardContent) -> Arrays:
     rows, ids = content.rows, id_dtype(content.rows.vocab_size)
     return {
         "sequence.length": content.lengths.astype("<u4"),
-        "sequence.digest": _digests(content),
+        "sequence.digest": sequence_digests(content),
         "token.id": content.token_ids.astype(ids),
         "token.target": content.targets.astype("|u1"),
         "row.head": rows.head.astype("<u2"),
@@ -126,7 +126,7 @@ def decode(arrays: Arrays, *, temperatures: tuple[float, ...], vocab_size: int) 
         )
     if np.any(token_ids >= vocab_size):
         raise CorruptCacheError(f"invariant 3 (token ids lie below {vocab_size})")
-    if not np.array_equal(arrays["sequence.digest"], _digests(content)):
+    if not np.array_equal(arrays["sequence.digest"], sequence_digests(content)):
         raise CorruptCacheError("invariant 13 (a sequence's digest is that of its tokens and targets)")
     content.rows.check()
     return content
@@ -145,7 +145,8 @@ def expected_tensors(
     return table
 
 
-def _digests(content: ShardContent) -> NDArray[np.uint8]:
+def sequence_digests(content: ShardContent) -> NDArray[np.uint8]:
+    """uint8 ``[S, 16]``: `sequence_digest` of every sequence."""
     bounds = content.token_offsets
     joined = b"".join(sequence_digest(content.token_ids[a:b], content.targets[a:b]) for a, b in pairwise(bounds))
     return np.frombuffer(joined, dtype="|u1").reshape(len(content), DIGEST_BYTES)

@@ -7,6 +7,7 @@ digest is the SHA-256 of its canonical JSON; a cache's id is the SHA-256 of its 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -58,9 +59,9 @@ class SplitPlan(_Strict):
     dropped_empty: Count
     dropped_no_target: Count
     truncated: Count
-    sequences: Count
-    tokens: Count
-    positions: Count
+    sequences: Annotated[int, Field(ge=1, lt=1 << 53)]
+    tokens: Annotated[int, Field(ge=1, lt=1 << 53)]
+    positions: Annotated[int, Field(ge=1, lt=1 << 53)]
     fingerprint: Sha256
 
 
@@ -68,7 +69,10 @@ class DataPlan(_Strict):
     """How text became tokens."""
 
     shape: Text
+    columns: dict[Text, Text]
     prompt: Text
+    system: Text | None
+    date: Text
     template_sha256: Sha256 | None
     max_length: Count
     splits: Annotated[tuple[SplitPlan, ...], Field(min_length=1, max_length=16)]
@@ -123,6 +127,8 @@ class Plan(_Strict):
         for split, sequences, (tokens, positions) in zip(self.data.splits, reached, totals, strict=True):
             if (sequences, tokens, positions) != (split.sequences, split.tokens, split.positions):
                 raise ValueError(f"the shards of split {split.name} do not add up to it")
+        if max(self.tokenizer.eos_id, self.tokenizer.pad_id) >= self.tokenizer.vocab_size:
+            raise ValueError("tokenizer.eos_id and tokenizer.pad_id should lie below tokenizer.vocab_size")
         return self
 
     @property
@@ -166,8 +172,13 @@ class SplitSummary(_Strict):
     positions: Count
     entries: Count
     teacher_nll: Annotated[float, Field(ge=0)]
-    kept_mass_mean: tuple[float, ...]
-    kept_mass_p1: tuple[float, ...]
+    kept_mass_mean: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    kept_mass_p1: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+    @property
+    def teacher_perplexity(self) -> float:
+        """exp of the teacher's loss per position."""
+        return math.exp(min(self.teacher_nll / self.positions, 700.0))
 
 
 class Manifest(_Strict):
@@ -213,6 +224,15 @@ def parse_manifest(data: bytes, plan: Plan) -> Manifest:
         s.name for s in plan.data.splits
     ]:
         raise CorruptCacheError(f"{layout.MANIFEST_FILE} lists other shards or splits than {layout.PLAN_FILE}")
+    temperatures = len(plan.selection.temperatures)
+    for stated, planned in zip(manifest.splits, plan.data.splits, strict=True):
+        counts = (stated.sequences, stated.tokens, stated.positions)
+        if counts != (planned.sequences, planned.tokens, planned.positions):
+            raise CorruptCacheError(f"{layout.MANIFEST_FILE}: the counts of split {stated.name} are not the plan's")
+        if not len(stated.kept_mass_mean) == len(stated.kept_mass_p1) == temperatures:
+            raise CorruptCacheError(
+                f"{layout.MANIFEST_FILE}: split {stated.name} should state {temperatures} kept masses"
+            )
     return manifest
 
 

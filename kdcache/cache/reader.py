@@ -16,7 +16,7 @@ from pathlib import Path
 from kdcache.cache import layout
 from kdcache.cache.codec import CachedSequence, ShardContent, decode
 from kdcache.cache.manifest import Manifest, Plan, SplitSummary, parse_manifest, parse_plan
-from kdcache.cache.shard import ShardRecord, decompress, read_file, unpack
+from kdcache.cache.shard import ShardRecord, decompress, frame_size, read_file, unpack
 from kdcache.cache.strict_json import parse
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 
@@ -75,9 +75,12 @@ class Cache:
         if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise CorruptCacheError(
                 f"{path} is damaged: the manifest promises {entry.bytes} bytes with SHA-256 {entry.sha256[:12]}…, "
-                f"found {len(data)} bytes with another hash; fetch or make this shard again"
+                f"found {len(data)} bytes with another hash; kdcache teacher-cache makes this shard again, or fetch it again"
             )
-        content, _ = decode_shard(path, data, self.plan, index)
+        content, record = decode_shard(path, data, self.plan, index, limit=entry.raw_bytes)
+        stated = (entry.content_sha256, entry.raw_bytes, entry.entries)
+        if stated != (record.content_sha256, frame_size(data), len(content.rows.ids)):
+            raise CorruptCacheError(f"{path} has another content hash, size or entry count than the manifest states")
         self._decoded[index] = content
         while len(self._decoded) > self._keep:
             self._decoded.popitem(last=False)
@@ -165,8 +168,10 @@ def missing_shards(directory: Path, plan: Plan) -> list[int]:
     return [i for i in range(len(plan.shards)) if not shard_path(directory, i).exists()]
 
 
-def decode_shard(path: Path, data: bytes, plan: Plan, index: int) -> tuple[ShardContent, ShardRecord]:
-    """Decode a shard's bytes and hold them against the plan.
+def decode_shard(
+    path: Path, data: bytes, plan: Plan, index: int, *, limit: int = layout.SHARD_LIMIT
+) -> tuple[ShardContent, ShardRecord]:
+    """Decode a shard's bytes, which unpack to at most ``limit``, and hold them against the plan.
 
     Raises:
         CorruptCacheError: naming the file and what is wrong with it.
@@ -180,6 +185,8 @@ def decode_shard(path: Path, data: bytes, plan: Plan, index: int) -> tuple[Shard
             positions=expected.positions,
             temperatures=len(plan.selection.temperatures),
             vocab_size=plan.tokenizer.vocab_size,
+            entries_limit=expected.positions * min(plan.selection.k, plan.tokenizer.vocab_size),
+            limit=min(limit, layout.SHARD_LIMIT),
         )
         if record.plan_digest != plan.digest:
             raise CorruptCacheError(
@@ -189,7 +196,9 @@ def decode_shard(path: Path, data: bytes, plan: Plan, index: int) -> tuple[Shard
             raise CorruptCacheError(f"it is shard {record.index}, not {index}")
         content = decode(arrays, temperatures=plan.selection.temperatures, vocab_size=plan.tokenizer.vocab_size)
     except CorruptCacheError as exc:
-        raise CorruptCacheError(f"{path} is not a good shard: {exc}; fetch or make it again") from exc
+        raise CorruptCacheError(
+            f"{path} is not a good shard: {exc}; kdcache teacher-cache makes it again, or fetch it again"
+        ) from exc
     return content, record
 
 

@@ -20,8 +20,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.layout import MASS_TOLERANCE, PARTITION_TOLERANCE
+from kdcache.cache.layout import HALF_ROUNDING, MASS_TOLERANCE, PARTITION_TOLERANCE
 from kdcache.errors import CacheError, CorruptCacheError
+
+# What single-precision partitions of size 1 lose.
+_SINGLE_ROUNDING = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,23 @@ class SparseRows:
 
         outside = self.vocab_size - self.head
         betas = [0.0] + [1.0 / t for t in self.temperatures]
-        floor = np.finfo(np.float64).tiny
-        nodes = [np.log(np.maximum(outside, floor))]
+        nodes = [np.log(np.maximum(outside, 1))]
         for column, t in enumerate(self.temperatures):
             tail = np.exp(self.log_partition[:, column].astype(np.float64)) - head_sum(1.0 / t)
-            nodes.append(np.log(np.maximum(tail, floor)))
+            # On peaked rows the tail drowns in the rounding of the kept logits; it is then no more than that.
+            rounding = HALF_ROUNDING * np.add.reduceat(np.where(is_head, -logits * np.exp(logits / t) / t, 0.0), starts)
+            nodes.append(np.minimum(np.log(np.maximum(tail, rounding + _SINGLE_ROUNDING)), nodes[0]))
         beta = 1.0 / temperature
         log_tail = np.zeros(len(self))
         for i, node in enumerate(nodes):
             others = [b for j, b in enumerate(betas) if j != i]
             log_tail += node * np.prod([(beta - b) / (betas[i] - b) for b in others])
-        tail_sum = np.where(outside > 0, np.exp(np.minimum(log_tail, nodes[0])), 0.0)
+        # The tail's log-partition falls as 1 / T rises: it lies between its neighbours, whatever the polynomial says.
+        above = min((b for b in betas if b >= beta), default=betas[1])
+        below = max(b for b in betas if b <= beta)
+        bounds = nodes[betas.index(above)], nodes[betas.index(below)]
+        log_tail = np.clip(log_tail, np.minimum(*bounds), np.maximum(*bounds))
+        tail_sum = np.where(outside > 0, np.exp(log_tail), 0.0)
         return np.log(head_sum(beta) + tail_sum)
 
     def check(self) -> None:

@@ -60,20 +60,28 @@ def pack(arrays: Arrays, *, plan_digest: str, index: int) -> bytes:
 
 
 def unpack(
-    data: bytes, *, sequences: int, tokens: int, positions: int, temperatures: int, vocab_size: int
+    data: bytes,
+    *,
+    sequences: int,
+    tokens: int,
+    positions: int,
+    temperatures: int,
+    vocab_size: int,
+    entries_limit: int,
+    limit: int = layout.SHARD_LIMIT,
 ) -> tuple[Arrays, ShardRecord]:
     """Inverse of `pack`: parsed strictly, nothing believed before it is checked.
 
     Raises:
         CorruptCacheError: the frame, the header, a tensor's name, dtype or shape, or the content hash is wrong.
     """
-    raw = decompress(data, limit=layout.SHARD_LIMIT)
+    raw = decompress(data, limit=limit)
     header, record = _header(raw)
     entry = header.get("entry.id")
     shape = entry.get("shape") if isinstance(entry, dict) else None
     entries = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
-    if not isinstance(entries, int) or not 0 <= entries <= layout.SHARD_LIMIT:
-        raise CorruptCacheError("the header's entry.id is not a one-dimensional tensor")
+    if not isinstance(entries, int) or not 0 <= entries <= entries_limit:
+        raise CorruptCacheError(f"the header's entry.id should be one-dimensional with at most {entries_limit} entries")
     expected = expected_tensors(
         sequences=sequences,
         tokens=tokens,
@@ -209,7 +217,7 @@ def _header(raw: bytes) -> tuple[dict[str, object], ShardRecord]:
         raise CorruptCacheError(
             f"not a kdcache shard: the metadata should have exactly the key {layout.METADATA_KEY!r}"
         )
-    record = parse_object(str(metadata[layout.METADATA_KEY]).encode(), what="the shard record")
+    record = parse_object(str(metadata[layout.METADATA_KEY]).encode("utf-8", "replace"), what="the shard record")
     if set(record) != {"format", "version", "plan", "index", "content"} or record["format"] != layout.FORMAT:
         raise CorruptCacheError("not a kdcache shard: unknown fields in the shard record")
     if record["version"] != layout.VERSION:

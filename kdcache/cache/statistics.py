@@ -46,7 +46,7 @@ def summarise(split: SplitPlan, parts: list[RowStatistics]) -> SplitSummary:
         tokens=split.tokens,
         positions=split.positions,
         entries=sum(p.entries for p in parts),
-        teacher_nll=max(0.0, sum(p.teacher_nll for p in parts)),
-        kept_mass_mean=tuple(float(m) for m in mass / split.positions),
+        teacher_nll=round(max(0.0, sum(p.teacher_nll for p in parts)), 6),
+        kept_mass_mean=tuple(round(float(m), 9) for m in mass / split.positions),
         kept_mass_p1=tuple(float(i) / KEPT_MASS_BINS for i in np.argmax(reached, axis=1)),
     )

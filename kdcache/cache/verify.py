@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.cache import layout
-from kdcache.cache.manifest import parse_manifest
+from kdcache.cache.codec import sequence_digests
+from kdcache.cache.manifest import SplitSummary, parse_manifest
 from kdcache.cache.reader import Cache, missing_shards, open_cache, read_plan, read_vocabulary, shard_path
 from kdcache.cache.shard import read_file
 from kdcache.cache.statistics import RowStatistics, summarise
-from kdcache.errors import CacheError, IncompleteCacheError
+from kdcache.errors import CacheError, IncompleteCacheError, KdcacheError
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,46 @@ def verify(directory: str | Path, *, on_shard: Callable[[int], None] | None = No
         manifest = directory / layout.MANIFEST_FILE
         if not manifest.exists():
             return [*findings, Finding(layout.MANIFEST_FILE, str(exc))]
-        parsed = parse_manifest(read_file(manifest, limit=layout.JSON_LIMIT), plan)
+        try:
+            parsed = parse_manifest(read_file(manifest, limit=layout.JSON_LIMIT), plan)
+        except KdcacheError as broken:
+            return [*findings, Finding(layout.MANIFEST_FILE, str(broken))]
         cache = Cache(directory, plan, parsed, "", keep=1)
-    except CacheError as exc:
+    except KdcacheError as exc:
         return [*findings, Finding(layout.MANIFEST_FILE, str(exc))]
+    digests: dict[int, bytes] = {}
     parts: dict[int, RowStatistics] = {}
     for index, entry in enumerate(cache.manifest.shards):
         if shard_path(directory, index).exists():
             try:
-                parts[index] = RowStatistics.of(cache.shard(index).rows)
-            except CacheError as exc:
+                content = cache.shard(index)
+            except KdcacheError as exc:
                 findings.append(Finding(f"{layout.SHARD_DIRECTORY}/{layout.shard_name(index)}", str(exc)))
+            else:
+                parts[index], digests[index] = RowStatistics.of(content.rows), sequence_digests(content).tobytes()
         if on_shard is not None:
             on_shard(entry.bytes)
     if len(parts) == len(plan.shards):
         for number, (split, stated) in enumerate(zip(plan.data.splits, cache.manifest.splits, strict=True)):
             own = [parts[i] for i, s in enumerate(plan.shards) if s.split == number]
-            if summarise(split, own) != stated:
+            if not _same_totals(summarise(split, own), stated):
                 findings.append(
                     Finding(layout.MANIFEST_FILE, f"the totals of split {split.name} are not those of its shards")
                 )
+            joined = b"".join(digests[i] for i, s in enumerate(plan.shards) if s.split == number)
+            if hashlib.sha256(joined).hexdigest() != split.fingerprint:
+                findings.append(
+                    Finding(layout.PLAN_FILE, f"split {split.name} holds other sequences than its fingerprint says")
+                )
     return findings
+
+
+def _same_totals(found: SplitSummary, stated: SplitSummary) -> bool:
+    """Equal counts, and sums equal up to what another processor's exponentials may differ by."""
+    if (found.name, found.entries, found.positions) != (stated.name, stated.entries, stated.positions):
+        return False
+    pairs = [(found.teacher_nll, stated.teacher_nll), *zip(found.kept_mass_mean, stated.kept_mass_mean, strict=True)]
+    pairs += [(a + 1.0, b + 1.0) for a, b in zip(found.kept_mass_p1, stated.kept_mass_p1, strict=True)]
+    return all(
+        math.isclose(a, b, rel_tol=1e-3 if i > len(found.kept_mass_mean) else 1e-6) for i, (a, b) in enumerate(pairs)
+    )

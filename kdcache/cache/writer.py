@@ -47,13 +47,16 @@ class CacheWriter:
         self._digest = plan.digest
         self._committed: dict[int, _Committed] = {}
         try:
-            (self.directory / layout.SHARD_DIRECTORY).mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             found = {p.name for p in self.directory.iterdir() if not p.name.startswith(layout.TEMPORARY_PREFIX)}
+            ours = layout.PLAN_FILE in found or not found - {layout.SHARD_DIRECTORY}
+            if ours:
+                (self.directory / layout.SHARD_DIRECTORY).mkdir(exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the cache directory {self.directory}: {exc.strerror}") from exc
         if layout.PLAN_FILE in found:
             self._compare_plan()
-        elif found != {layout.SHARD_DIRECTORY} or any((self.directory / layout.SHARD_DIRECTORY).iterdir()):
+        elif not ours or any((self.directory / layout.SHARD_DIRECTORY).iterdir()):
             raise CacheError(
                 f"{self.directory} is neither empty nor a cache (it holds {', '.join(sorted(found)[:4])}); "
                 "give the recipe key cache another directory"
@@ -79,8 +82,8 @@ class CacheWriter:
             if not path.exists():
                 todo.append(index)
                 continue
-            data = read_file(path, limit=layout.SHARD_LIMIT)
             try:
+                data = read_file(path, limit=layout.SHARD_LIMIT)
                 content, record = decode_shard(path, data, self.plan, index)
             except CorruptCacheError as exc:
                 complaints.append(str(exc))
@@ -94,6 +97,7 @@ class CacheWriter:
 
         Raises:
             CorruptCacheError: the content breaks an invariant of the format.
+            CacheError: the shard is there with other content.
             StorageError: the disk refused; nothing under a final name has changed.
         """
         data = pack(encode(content), plan_digest=self._digest, index=index)
@@ -101,6 +105,7 @@ class CacheWriter:
         # What was just packed is read back as a stranger would, so that no shard is ever committed
         # that a reader refuses.
         checked, record = decode_shard(path, data, self.plan, index)
+        self._refuse_other_content(index, path, record.content_sha256)
         write_file(path, data)
         self._remember(index, data, checked, record.content_sha256)
         return len(data)
@@ -129,12 +134,28 @@ class CacheWriter:
             splits=summaries,
             shards=tuple(e.entry for e in entries),
         )
-        write_file(self.directory / layout.CARD_FILE, data_card(self.plan, manifest).encode())
+        card = self.directory / layout.CARD_FILE
+        if not card.exists():  # people add licence and notes to it
+            write_file(card, data_card(self.plan, manifest).encode())
         write_file(self.directory / layout.MANIFEST_FILE, manifest.to_bytes())
         for folder in (self.directory, self.directory / layout.SHARD_DIRECTORY):
             for debris in folder.glob(f"{layout.TEMPORARY_PREFIX}*"):
                 debris.unlink(missing_ok=True)
         return manifest
+
+    def _refuse_other_content(self, index: int, path: Path, content_sha256: str) -> None:
+        """Another process may have made the shard meanwhile: the same content is fine, another one is not."""
+        if not path.exists():
+            return
+        try:
+            _, existing = decode_shard(path, read_file(path, limit=layout.SHARD_LIMIT), self.plan, index)
+        except CorruptCacheError:
+            return
+        if existing.content_sha256 != content_sha256:
+            raise CacheError(
+                f"{path} was made by another process with other content (another GPU or library version?); let one "
+                "machine make this cache, or remove the shard and run again"
+            )
 
     def _compare_plan(self) -> None:
         existing = read_plan(self.directory)

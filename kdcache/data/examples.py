@@ -83,6 +83,10 @@ class ExampleSet:
 
     def _chat(self, index: int, row: Mapping[str, Any]) -> Example:
         turns = row.get(self.columns.get("messages", "messages")) or []
+        if not isinstance(turns, list):
+            raise DataError(
+                f"{self.name} {self.selected}, row {index}: messages should be a list, found {type(turns).__name__}"
+            )
         messages = []
         for turn in turns:
             role = turn.get("role") if isinstance(turn, Mapping) else None
@@ -190,10 +194,12 @@ def _saved(loaded: datasets.Dataset | datasets.DatasetDict, path: str, split: st
         if base not in loaded:
             raise DataError(f"{path} has no split {base!r}, only {', '.join(loaded)}")
         loaded = loaded[base]
-    span = datasets.ReadInstruction.from_spec(split).to_absolute({base: len(loaded)})[0]
-    start = span.from_ if span.from_ is not None else 0
-    stop = span.to if span.to is not None else len(loaded)
-    return loaded.select(range(start, stop))
+    indices: list[int] = []
+    for span in datasets.ReadInstruction.from_spec(split).to_absolute({base: len(loaded)}):
+        start = span.from_ if span.from_ is not None else 0
+        stop = span.to if span.to is not None else len(loaded)
+        indices += range(start, stop)
+    return loaded.select(indices)
 
 
 def _cause(exc: BaseException) -> str:

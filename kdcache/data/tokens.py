@@ -8,7 +8,10 @@ puts behind that is context for the next turn.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +24,8 @@ from kdcache.errors import DataError, TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 Segments = list[tuple[str, bool]]
 
@@ -66,6 +71,7 @@ def tokenise(
     *,
     prompt: str = "chat",
     system: str | None = None,
+    date: str = "2024-07-26",
     max_length: int,
 ) -> TokenRows:
     """Token rows of at most ``max_length`` tokens, in the order of the examples.
@@ -75,6 +81,7 @@ def tokenise(
         tokenizer: needs an end-of-sequence token, and a chat template for ``prompt="chat"``.
         prompt: ``chat`` renders the tokenizer's template, ``plain`` puts line breaks between the parts.
         system: message put before a conversation that has none.
+        date: the day (ISO) that templates which write the date are given.
         max_length: longer sequences are cut at the end and counted as truncated.
 
     Raises:
@@ -93,7 +100,7 @@ def tokenise(
         if example.empty:
             empty += 1
             continue
-        segments = _segments(example, tokenizer, prompt, system)
+        segments = _segments(example, tokenizer, prompt, system, date)
         if not any(learnt for _, learnt in segments):
             targetless += 1
             continue
@@ -110,7 +117,9 @@ def tokenise(
     return TokenRows(rows, total, empty, targetless, truncated)
 
 
-def _segments(example: Example, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> Segments:
+def _segments(
+    example: Example, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, date: str
+) -> Segments:
     """Text pieces in order, each with whether it is learnt."""
     eos = str(tokenizer.eos_token)
     if example.text is not None:
@@ -122,7 +131,7 @@ def _segments(example: Example, tokenizer: PreTrainedTokenizerBase, prompt: str,
         return _plain(messages, eos)
     if not tokenizer.chat_template:
         raise TokenizerError(f"the tokenizer {tokenizer.name_or_path} has no chat template; use data.prompt plain")
-    return _chat(messages, tokenizer, eos, example.index)
+    return _chat(messages, tokenizer, eos, example.index, date)
 
 
 def _plain(messages: list[dict[str, str]], eos: str) -> Segments:
@@ -135,14 +144,16 @@ def _plain(messages: list[dict[str, str]], eos: str) -> Segments:
     return segments
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eos: str, index: int) -> Segments:
+def _chat(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eos: str, index: int, date: str
+) -> Segments:
     segments: Segments = []
     done = ""
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(messages[:turn], tokenizer, index, generation=True)
-        through = _render(messages[: turn + 1], tokenizer, index, generation=False)
+        before = _render(messages[:turn], tokenizer, index, date, generation=True)
+        through = _render(messages[: turn + 1], tokenizer, index, date, generation=False)
         if not before.startswith(done) or not through.startswith(before):
             raise DataError(
                 f"example {index}: the chat template of {tokenizer.name_or_path} renders earlier turns differently "
@@ -158,13 +169,24 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eo
     return segments
 
 
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int, *, generation: bool) -> str:
+def _render(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int, date: str, *, generation: bool
+) -> str:
     from jinja2 import TemplateError
 
     try:
         # As a batch of one: a conversation that opens with the assistant has nothing before it, and a bare
         # empty list is not taken for a conversation.
-        return str(tokenizer.apply_chat_template([messages], tokenize=False, add_generation_prompt=generation)[0])
+        day = datetime.date.fromisoformat(date)
+        rendered = tokenizer.apply_chat_template(
+            [messages],
+            tokenize=False,
+            add_generation_prompt=generation,
+            # Llama's templates take a date, others call for today's.
+            date_string=day.strftime("%d %b %Y"),
+            chat_template=_NOW.sub(lambda call: json.dumps(day.strftime(call[2])), str(tokenizer.chat_template)),
+        )
+        return str(rendered[0])
     except (TemplateError, ValueError, TypeError) as exc:
         raise DataError(f"example {index}: the chat template refuses the conversation: {exc}") from exc
 

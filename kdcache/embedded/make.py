@@ -17,8 +17,9 @@ from kdcache.data.examples import load_examples
 from kdcache.data.tokens import TokenRow, tokenise
 from kdcache.embedded.instructions import generate
 from kdcache.errors import StorageError
-from kdcache.models import load_tokenizer, quiet_libraries
+from kdcache.models import quiet_libraries
 from kdcache.progress import Progress, Silent
+from kdcache.token_maps import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +187,7 @@ def _make_model(
         args=arguments,
         train_dataset=[_features(r) for r in rows],
         data_collator=_Pad(int(tokenizer.pad_token_id)),
-        callbacks=[ProgressCallback(progress)],
+        callbacks=[ProgressCallback(progress, f"make {name}")],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     progress.message(f"making the embedded {name} ({sum(p.numel() for p in model.parameters()):,} parameters)")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}
+
+
 @dataclass(frozen=True)
 class Score:
     """Token-summed cross-entropy and KL(teacher || student) at T = 1 over a split, in nats.
@@ -55,9 +58,15 @@ def teacher_score(split: Split) -> Score:
 
 @torch.inference_mode()
 def student_score(
-    model: PreTrainedModel, split: Split, *, batch_size: int, what: str = "student", progress: Progress | None = None
+    model: PreTrainedModel,
+    split: Split,
+    *,
+    batch_size: int,
+    precision: str = "fp32",
+    what: str = "student",
+    progress: Progress | None = None,
 ) -> Score:
-    """A student on a split; leaves the model in the mode it was in."""
+    """A student on a split, under the autocast of ``precision``; leaves the model in the mode it was in."""
     progress = progress or Silent()
     cache = split.cache
     temperature = 1.0 if 1.0 in cache.temperatures else min(cache.temperatures)
@@ -71,16 +80,16 @@ def student_score(
         for start in range(0, len(split), batch_size):
             pairs = [(i, split[i]) for i in range(start, min(start + batch_size, len(split)))]
             batch: dict[str, Any] = {k: v.to(model.device) for k, v in collate(pairs).items()}
-            sums = loss_sums(
-                model,
-                model,
-                batch,
-                vocab_size=cache.vocab_size,
-                temperature=temperature,
-                ce_weight=1.0,
-                kd_weight=1.0,
-                tail="lumped",
-            )
+            with torch.autocast(model.device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
+                sums = loss_sums(
+                    model,
+                    model,
+                    batch,
+                    vocab_size=cache.vocab_size,
+                    temperature=temperature,
+                    ce_weight=1.0,
+                    kd_weight=1.0,
+                )
             count = len(batch["teacher_log_tail"])
             ce, kl, tokens = ce + float(sums.ce), kl + float(sums.divergence), tokens + count
             progress.advance(count, f"perplexity {math.exp(min(ce / tokens, 700.0)):.3f}")

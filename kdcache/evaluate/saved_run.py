@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.reader import open_cache
-from kdcache.errors import ModelError, TrainingError
-from kdcache.evaluate.perplexity import student_score, teacher_score
-from kdcache.models import load_model
+from kdcache.errors import TrainingError
+from kdcache.evaluate.perplexity import Score, student_score, teacher_score
+from kdcache.models import load_adapter
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import parse_recipe
+from kdcache.student.agreement import VALIDATION
+from kdcache.student.distill import load_student
 from kdcache.student.record import RunRecord, load_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def score_saved_run(path: Path, *, batch_size: int = 8, progress: Progress | None = None) -> RunRecord:
@@ -31,28 +37,21 @@ def score_saved_run(path: Path, *, batch_size: int = 8, progress: Progress | Non
     student = recipe.student
     if student is None:
         raise TrainingError(f"{path / 'run.json'} names no student")
-    validation = cache.split("validation")
-    saved = path / "model"
+    validation = cache.split(VALIDATION)
 
-    model = load_model(
-        student.model,
-        revision=student.revision,
-        quantization=student.quantization,
-        dtype=student.dtype,
-        device=student.device,
-    )
-    before = student_score(model, validation, batch_size=batch_size, what="student before", progress=progress)
-    if student.lora is not None:
-        import peft
+    def score(model: PreTrainedModel, name: str) -> Score:
+        return student_score(
+            model, validation, batch_size=batch_size, precision=recipe.training.precision, what=name, progress=progress
+        )
 
-        if student.quantization != "none":
-            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        try:
-            model = peft.PeftModel.from_pretrained(model, str(saved))
-        except (OSError, ValueError) as exc:
-            raise ModelError(f"cannot load the adapter {saved}: {' '.join(str(exc).split())[:200]}") from exc
+    model = load_student(student)
+    if student.lora is None:
+        before = score(model, "student before")
+        after = score(load_student(student, path / "model"), "student after")
     else:
-        model = load_model(str(saved), dtype=student.dtype, device=student.device)
-    after = student_score(model, validation, batch_size=batch_size, what="student after", progress=progress)
+        adapted: Any = load_adapter(model, str(path / "model"), quantized=student.quantization != "none")
+        with adapted.disable_adapter():
+            before = score(adapted, "student before")
+        after = score(adapted, "student after")
     scores = {"student before": before, "student after": after, "teacher": teacher_score(validation)}
     return RunRecord(path, {**record.values, "scores": {k: v.as_record() for k, v in scores.items()}})

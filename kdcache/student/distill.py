@@ -1,41 +1,39 @@
 """PHASE TWO on one screen: a cache and a student become a run directory.
 
-open the cache -> load the student, hold its tokens against the cache's -> score it -> attach LoRA, train
--> score it again -> adapter, tokenizer, run.json, log.csv, result table.
+open the cache -> load the student, hold its tokens against the cache's -> attach LoRA, score it, train
+-> score it again -> adapter, tokenizer, run.json, log.csv.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from safetensors import SafetensorError
 
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.errors import DeviceError, PlanMismatchError, RecipeError, StorageError, TrainingError
+from kdcache.errors import RecipeError, StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
-from kdcache.models import (
-    attach_lora,
-    effective_vocabulary,
-    load_model,
-    load_tokenizer,
-    refuse_other_tokens,
-    resolve_device,
-    token_map,
-)
+from kdcache.models import attach_lora, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection
+from kdcache.student.agreement import TRAIN, VALIDATION, refuse_low_temperature, refuse_other_cache
+from kdcache.student.arguments import training_arguments
 from kdcache.student.collate import Collator
-from kdcache.student.record import CsvLog, RunDirectory, RunRecord, run_record
+from kdcache.student.log import CsvLog
+from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
 from kdcache.student.trainer import DistillationTrainer, ProgressCallback, SplitDataset
+from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAIN, VALIDATION = "train", "validation"
+_LOW_MASS = 0.5
 
 
 def distill(
@@ -55,89 +53,77 @@ def distill(
     """
     progress = progress or Silent()
     started = time.monotonic()
-    student = _student_section(recipe)
+    if recipe.student is None:
+        raise RecipeError("train-student needs the recipe section student")
+    student, training = recipe.student, recipe.training
     cache = open_cache(recipe.cache.directory)
-    refuse_other_selection(recipe, cache)
+    refuse_other_cache(recipe, cache)
+    refuse_low_temperature(recipe.loss.temperature, cache)
     run = RunDirectory(Path(recipe.output))
     finished = run.prepare(recipe, cache.id, resume=resume, overwrite=overwrite)
     if finished is not None:
         progress.message(f"{run.path} holds this run, finished")
         return finished
-    arguments = training_arguments(recipe, run.checkpoints)
+    arguments = training_arguments(training, device=student.device, seed=recipe.seed, checkpoints=run.checkpoints)
     transformers.set_seed(recipe.seed)
     tokenizer = load_tokenizer(student.model, student.revision)
     refuse_other_tokens(token_map(tokenizer), cache.vocabulary(), student.model)
-    model = load_model(
-        student.model,
-        revision=student.revision,
+    eos_id = cache.plan.tokenizer.eos_id
+    if tokenizer.eos_token_id != eos_id:
+        progress.warning(
+            f"responses in the cache end with {tokenizer.convert_ids_to_tokens(eos_id)!r}, the student's own end is "
+            f"{tokenizer.eos_token!r}; generate with the cache's"
+        )
+    validation = cache.split(VALIDATION)
+
+    def score(name: str) -> Score:
+        return student_score(
+            model,
+            validation,
+            batch_size=training.batch_size,
+            precision=training.precision,
+            what=name,
+            progress=progress,
+        )
+
+    with _translated(run, training.batch_size):
+        model = load_student(student)
+        refuse_narrow_head(model, cache.vocab_size, student.model)
+        model = with_adapter(model, student)
+        before = score("student before")
+        trainer = _trainer(recipe, cache, model, arguments, run, progress)
+        run.begin(recipe, cache.id)
+        checkpoint = run.newest_checkpoint(progress) if resume else None
+        if checkpoint is not None:
+            progress.message(f"going on from {checkpoint.name}")
+        try:
+            _train(trainer, checkpoint)
+        finally:
+            progress.end()
+        scores = {
+            "student before": before,
+            "student after": score("student after"),
+            "teacher": teacher_score(validation),
+        }
+        model.save_pretrained(str(run.model))
+        tokenizer.save_pretrained(str(run.model))
+        write_model_card(run.model, recipe, cache, scores)
+        resumed = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        seconds = time.monotonic() - started
+        record = run_record(recipe, cache, model, scores, trainer.state.global_step, resumed, seconds)
+        run.finish(record)
+    return record
+
+
+def load_student(student: StudentSection, saved: Path | None = None) -> PreTrainedModel:
+    """The recipe's student as it starts, or the fully trained model that a run saved."""
+    return load_model(
+        student.model if saved is None else str(saved),
+        revision=student.revision if saved is None else None,
         quantization=student.quantization,
         dtype=student.dtype,
         device=student.device,
     )
-    effective_vocabulary(model, cache.vocab_size, student.model)
-    validation = cache.split(VALIDATION)
-    batch = recipe.training.batch_size
-    before = student_score(model, validation, batch_size=batch, what="student before", progress=progress)
-    model = with_adapter(model, student)
-    trainer = _trainer(recipe, cache, model, arguments, run, progress)
-    run.begin(recipe, cache.id)
-    checkpoint = run.newest_checkpoint(progress) if resume else None
-    if checkpoint is not None:
-        progress.message(f"going on from {checkpoint.name}")
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as exc:
-        raise TrainingError(
-            f"out of memory with training.batch_size {batch}; halve it and double training.accumulation, or use "
-            "training.gradient_checkpointing"
-        ) from exc
-    except (OSError, SafetensorError) as exc:
-        raise StorageError(f"cannot write to {run.path}: {exc}; free some space and go on by --resume") from exc
-    finally:
-        progress.end()
-    scores: dict[str, Score] = {
-        "student before": before,
-        "student after": student_score(model, validation, batch_size=batch, what="student after", progress=progress),
-        "teacher": teacher_score(validation),
-    }
-    model.save_pretrained(str(run.model))
-    tokenizer.save_pretrained(str(run.model))
-    record = run_record(recipe, cache, model, scores, trainer.state.global_step, time.monotonic() - started)
-    run.finish(record)
-    return record
-
-
-def refuse_other_selection(recipe: Recipe, cache: Cache) -> None:
-    """A recipe that says what its cache holds must say what the cache holds.
-
-    Raises:
-        PlanMismatchError: naming the keys that differ.
-    """
-    plan = cache.plan
-    pairs: list[tuple[str, Any, Any]] = []
-    if "selection" in recipe.model_fields_set:
-        chosen = recipe.selection
-        pairs += [
-            (f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key))
-            for key in type(chosen).model_fields
-        ]
-    if recipe.teacher is not None:
-        pairs.append(("teacher.model", Path(recipe.teacher.model).name, Path(plan.teacher.name).name))
-        pairs.append(("teacher.quantization", recipe.teacher.quantization, plan.teacher.quantization))
-        pairs.append(("teacher.dtype", recipe.teacher.dtype, plan.teacher.dtype))
-    if recipe.data is not None:
-        pairs.append(("data.max_length", recipe.data.max_length, plan.data.max_length))
-        pairs.append(("data.prompt", recipe.data.prompt, plan.data.prompt))
-        for name, source in ((TRAIN, recipe.data.train), (VALIDATION, recipe.data.validation)):
-            number = plan.split_index(name)
-            if number is not None:
-                pairs.append((f"data.{name}.split", source.split, plan.data.splits[number].selected))
-    differing = [f"{key} is {asked!r}, in the cache {found!r}" for key, asked, found in pairs if asked != found]
-    if differing:
-        raise PlanMismatchError(
-            f"the cache {cache.directory} was made from another recipe: {'; '.join(differing)}. Make it again in another "
-            "directory with kdcache teacher-cache, or put these keys back"
-        )
 
 
 def with_adapter(model: PreTrainedModel, student: StudentSection) -> PreTrainedModel:
@@ -154,65 +140,6 @@ def with_adapter(model: PreTrainedModel, student: StudentSection) -> PreTrainedM
     )
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path) -> transformers.TrainingArguments:
-    """The recipe's training section in the terms of transformers.
-
-    Raises:
-        DeviceError: the precision is not to be had on the device.
-        RecipeError: transformers knows no such optimizer, schedule or logger.
-    """
-    t = recipe.training
-    device = resolve_device(_student_section(recipe).device)
-    if t.precision == "fp16" and device == "cpu":
-        raise DeviceError("training.precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
-    if t.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise DeviceError("this GPU has no bfloat16 arithmetic; use training.precision=fp16")
-    fields = transformers.TrainingArguments.__dataclass_fields__
-    # The key was renamed; releases before 5.20 only know the older name.
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    options: dict[str, Any] = {
-        checkpointing: t.gradient_checkpointing,
-        f"{checkpointing}_kwargs": {"use_reentrant": False} if t.gradient_checkpointing else None,
-    }
-    try:
-        return transformers.TrainingArguments(
-            output_dir=str(checkpoints),
-            per_device_train_batch_size=t.batch_size,
-            gradient_accumulation_steps=t.accumulation,
-            num_train_epochs=t.epochs,
-            max_steps=t.max_steps,
-            learning_rate=t.learning_rate,
-            lr_scheduler_type=t.schedule,
-            warmup_steps=t.warmup,
-            optim=t.optimizer,
-            weight_decay=t.weight_decay,
-            max_grad_norm=t.clip or 0.0,
-            bf16=t.precision == "bf16",
-            fp16=t.precision == "fp16",
-            logging_steps=t.logging_steps,
-            logging_nan_inf_filter=False,
-            save_steps=t.save_steps,
-            save_total_limit=t.keep_checkpoints,
-            seed=recipe.seed,
-            use_cpu=device == "cpu",
-            dataloader_pin_memory=device == "cuda",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            report_to=t.report_to,
-            disable_tqdm=True,
-            average_tokens_across_devices=True,
-            **options,
-        )
-    except ValueError as exc:
-        raise RecipeError(f"transformers refuses the training section: {' '.join(str(exc).split())[:300]}") from exc
-
-
-def _student_section(recipe: Recipe) -> StudentSection:
-    if recipe.student is None:
-        raise RecipeError("train-student needs the recipe section student")
-    return recipe.student
-
-
 def _trainer(
     recipe: Recipe,
     cache: Cache,
@@ -222,6 +149,16 @@ def _trainer(
     progress: Progress,
 ) -> DistillationTrainer:
     loss = recipe.loss
+    if loss.temperature in cache.temperatures:
+        mass = cache.split(TRAIN).summary.kept_mass_mean[cache.temperatures.index(loss.temperature)]
+        tell = progress.warning if mass < _LOW_MASS else progress.message
+        tell(f"the kept entries hold {mass:.1%} of the teacher's probability at T = {loss.temperature:g}")
+    else:
+        declared = ", ".join(f"{t:g}" for t in cache.temperatures)
+        progress.message(
+            f"the cache states its partition at T = {declared}; at T = {loss.temperature:g} the mass outside the kept "
+            "entries is interpolated"
+        )
     if recipe.training.optimizer.startswith("paged_") and arguments.device.type == "cpu":
         progress.message(
             f"{recipe.training.optimizer} pages its state to host memory; on the CPU that is where it lies anyway"
@@ -235,7 +172,41 @@ def _trainer(
             callbacks=[ProgressCallback(progress), CsvLog(run.log)],
             distillation={**loss.model_dump(), "vocab_size": cache.vocab_size, "order_seed": recipe.seed},
         )
-    except (ValueError, ImportError) as exc:
+    except (ValueError, ImportError, RuntimeError) as exc:
         raise TrainingError(f"transformers cannot set up the training: {' '.join(str(exc).split())[:300]}") from exc
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _train(trainer: DistillationTrainer, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint where there is one; one that stands at the end is only loaded."""
+    if checkpoint is not None:
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        # Given such a checkpoint, the trainer would take one more step before it looks.
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+@contextmanager
+def _translated(run: RunDirectory, batch_size: int) -> Iterator[None]:
+    """Foreign errors of training and saving in our terms."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise TrainingError(
+            f"out of memory with training.batch_size {batch_size}; halve it and double training.accumulation, or use "
+            "training.gradient_checkpointing"
+        ) from exc
+    except (OSError, SafetensorError, RuntimeError) as exc:
+        # torch.save reports a full disk as a RuntimeError of its archive writer.
+        if (
+            isinstance(exc, RuntimeError)
+            and "inline_container" not in str(exc)
+            and "PytorchStreamWriter" not in str(exc)
+        ):
+            raise
+        reason = " ".join(str(exc).split())[:200]
+        raise StorageError(f"cannot write to {run.path}: {reason}; free some space and go on by --resume") from exc

@@ -41,19 +41,19 @@ def loss_sums(
         divergence: as `distillation_loss` takes it.
         beta: of the generalised JSD.
     """
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=1,
-        output_hidden_states=True,
-        use_cache=False,
-    )
+    last: list[torch.Tensor] = []
+    # A hook, and not output_hidden_states: that would keep every layer's states until the loss is done.
+    hook = base.get_decoder().register_forward_hook(lambda module, args, output: last.append(output.last_hidden_state))
+    try:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1, use_cache=False)
+    finally:
+        hook.remove()
     following = batch["labels"][:, 1:]
     counts = following != IGNORED
     teacher = SparseTeacher(batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
     head, bias = head_of(base)
     return distillation_loss(
-        output.hidden_states[-1][:, :-1][counts],
+        last[0][:, :-1][counts],
         head,
         following[counts],
         teacher if tail == "lumped" else teacher.renormalised(),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 
 from kdcache.cache.reader import Cache
@@ -22,13 +22,12 @@ from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
-from kdcache.student.trainer import DIVERGENCE_KEYS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
-_LOG_COLUMNS = ("step", "epoch", "loss", "ce", *DIVERGENCE_KEYS, "learning_rate", "grad_norm")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # What may change between two sittings of one run without changing the student.
 _FREE_KEYS = (
     "output",
@@ -65,6 +64,9 @@ class RunDirectory:
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.csv"
+        self.table = path / "table.md"
+        self.plot = path / "loss.png"
+        self._overwrite = False
         self._started = path / "started.json"
         self._record = path / "run.json"
 
@@ -74,12 +76,16 @@ class RunDirectory:
         Raises:
             TrainingError: the directory holds a run that neither flag allows to touch, or another run.
         """
-        if self._started.exists() and overwrite:
-            for path in (self.model, self.checkpoints):
-                shutil.rmtree(path, ignore_errors=True)
-            for path in (self.log, self._record, self._started):
-                path.unlink(missing_ok=True)
-        if self._started.exists():
+        self._overwrite = overwrite
+        found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        if found and not self._started.exists():
+            raise TrainingError(
+                f"{self.path} holds something that is no run ({', '.join(found[:4])}); give the recipe key output "
+                "another directory"
+            )
+        # A run that never reached a checkpoint has nothing to lose.
+        worked = self._record.exists() or any(self.checkpoints.glob("checkpoint-*"))
+        if worked and not overwrite:
             if not resume:
                 raise TrainingError(
                     f"{self.path} holds an earlier run; go on with it by --resume, start over by --overwrite, or give "
@@ -93,10 +99,17 @@ class RunDirectory:
     def begin(self, recipe: Recipe, cache_id: str) -> None:
         """Make the directory and write down whose it is; called when nothing but the training can fail any more.
 
+        Only now is an earlier run forgotten.
+
         Raises:
             StorageError: it cannot be written.
         """
         try:
+            if self._overwrite:
+                for path in (self.model, self.checkpoints):
+                    shutil.rmtree(path, ignore_errors=True)
+                for path in (self.log, self._record, self.table, self.plot, self._started):
+                    path.unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
@@ -104,15 +117,13 @@ class RunDirectory:
 
     def newest_checkpoint(self, progress: Progress) -> Path | None:
         """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
-        found = sorted(
-            self.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True
-        )
-        for path in found:
+        named = [p for p in self.checkpoints.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
+        for path in sorted(named, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
             problem = _broken(path)
             if problem is None:
                 return path
+            # Passed over, not removed: what cannot be read now may be readable tomorrow.
             progress.warning(f"{path.name} is not whole ({problem}), an earlier one is used")
-            shutil.rmtree(path)
         return None
 
     def finish(self, record: RunRecord) -> None:
@@ -135,37 +146,6 @@ class RunDirectory:
             )
 
 
-class CsvLog(transformers.TrainerCallback):
-    """Appends every training log line to a CSV file; a resumed run first drops what lies after its checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the lines up to the step that training goes on from."""
-        if not state.is_world_process_zero:
-            return
-        kept = [row for row in read_log(self._path) if row["step"] <= state.global_step] if self._path.exists() else []
-        with self._path.open("w", newline="") as f:
-            writer = csv.DictWriter(f, _LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows({k: _number(v) for k, v in row.items()} for row in kept)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Append one line."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        row = {"step": state.global_step, **logs}
-        with self._path.open("a", newline="") as f:
-            csv.DictWriter(f, _LOG_COLUMNS, extrasaction="ignore").writerow(row)
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of a log.csv; a value that was not logged is absent."""
-    with path.open(newline="") as f:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-
-
 def load_record(path: Path) -> RunRecord:
     """The record of a finished run.
 
@@ -186,7 +166,13 @@ def load_record(path: Path) -> RunRecord:
 
 
 def run_record(
-    recipe: Recipe, cache: Cache, model: PreTrainedModel, scores: dict[str, Score], steps: int, seconds: float
+    recipe: Recipe,
+    cache: Cache,
+    model: PreTrainedModel,
+    scores: dict[str, Score],
+    steps: int,
+    resumed: int,
+    seconds: float,
 ) -> RunRecord:
     """Everything needed to repeat or compare a run."""
     parameters = {
@@ -201,12 +187,41 @@ def run_record(
         "plan_digest": cache.plan.digest,
         "scores": {name: score.as_record() for name, score in scores.items()},
         "steps": steps,
+        # Of the last sitting, which went on from step `resumed_at`.
         "seconds": round(seconds, 1),
+        "resumed_at": resumed,
         "parameters": parameters,
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in _PACKAGES}},
         "hardware": hardware(),
     }
     return RunRecord(Path(recipe.output), values)
+
+
+def write_model_card(folder: Path, recipe: Recipe, cache: Cache, scores: dict[str, Score]) -> None:
+    """Say in the saved student's folder what it is, and let others read it as far as the umask allows."""
+    student, teacher = recipe.student, cache.plan.teacher
+    name = "" if student is None else student.model
+    lines = [
+        "---",
+        "library_name: peft" if student is not None and student.lora is not None else "library_name: transformers",
+        "tags: [knowledge-distillation, kdcache]",
+        "---",
+        "",
+        f"# {Path(name).name}, distilled from {Path(teacher.name).name}",
+        "",
+        f"Trained with kdcache from cache `{cache.id}`, T = {recipe.loss.temperature:g}, "
+        f"weights {recipe.loss.ce_weight:g} (CE) and {recipe.loss.kd_weight:g} (KD).",
+        "",
+        "| model | loss | perplexity |",
+        "|---|---:|---:|",
+        *(f"| {row} | {score.loss:.4f} | {score.perplexity:.3f} |" for row, score in scores.items()),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def hardware() -> dict[str, Any]:
@@ -224,12 +239,15 @@ def _broken(checkpoint: Path) -> str | None:
     state = checkpoint / "trainer_state.json"
     try:
         json.loads(state.read_text())
-        for weights in checkpoint.glob("*.safetensors"):
-            with safe_open(weights, framework="pt"):
+        weights = list(checkpoint.glob("*.safetensors"))
+        if not weights:
+            return "no weights"
+        for path in weights:
+            with safe_open(path, framework="pt"):
                 continue
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as exc:
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as exc:
         return f"{type(exc).__name__}: {' '.join(str(exc).split())[:120]}"
     return None
 
@@ -246,7 +264,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value

@@ -153,14 +153,15 @@ def _not_finite(sums: LossSums, inputs: dict[str, torch.Tensor]) -> str:
 class ProgressCallback(transformers.TrainerCallback):
     """Tells a `Progress` about steps and losses."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, task: str = "train student") -> None:
         self._progress = progress
+        self._task = task
         self._note = ""
         self._reported = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A task of all remaining steps."""
-        self._progress.begin("train student", state.max_steps - state.global_step, "steps")
+        self._progress.begin(self._task, state.max_steps - state.global_step, "steps")
         self._reported = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -173,6 +174,8 @@ class ProgressCallback(transformers.TrainerCallback):
         """One optimizer step further."""
         self._progress.advance(state.global_step - self._reported, self._note)
         self._reported = state.global_step
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The task is over."""

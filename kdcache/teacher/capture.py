@@ -20,7 +20,7 @@ from kdcache.cache.manifest import Manifest
 from kdcache.cache.rows import SparseRows
 from kdcache.cache.writer import CacheWriter
 from kdcache.data.tokens import TokenRow
-from kdcache.models import effective_vocabulary, load_model
+from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
 from kdcache.teacher.forward import TeacherForward
@@ -80,8 +80,8 @@ def load_teacher(recipe: Recipe, planned: PlannedCache) -> TeacherForward:
         dtype=section.dtype,
         device=section.device,
     )
-    vocabulary = effective_vocabulary(model, len(planned.tokens), section.model)
-    return TeacherForward(model, vocab_size=vocabulary, pad_id=planned.plan.tokenizer.pad_id)
+    refuse_narrow_head(model, len(planned.tokens), section.model)
+    return TeacherForward(model, vocab_size=len(planned.tokens), pad_id=planned.plan.tokenizer.pad_id)
 
 
 def select_with(recipe: Recipe) -> Selection:

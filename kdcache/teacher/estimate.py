@@ -11,7 +11,8 @@ from functools import partial
 import torch
 
 from kdcache.cache.codec import encode
-from kdcache.cache.shard import pack
+from kdcache.cache.shard import compress, pack
+from kdcache.cache.strict_json import canonical
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
 from kdcache.teacher.capture import load_teacher, select_with, shard_content
@@ -73,7 +74,7 @@ def estimate(recipe: Recipe, progress: Progress | None = None) -> Estimate:
     return Estimate(
         positions=positions,
         shards=len(planned.plan.shards),
-        cache_bytes=round(len(data) * scale),
+        cache_bytes=round(len(data) * scale) + len(compress(canonical(planned.tokens.tokens))),
         seconds=seconds * token_scale,
         memory_bytes=memory,
         memory_of="GPU" if cuda else "process",

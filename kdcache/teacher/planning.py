@@ -21,8 +21,9 @@ from kdcache.cache.manifest import (
 from kdcache.data.examples import load_examples
 from kdcache.data.tokens import TokenRow, TokenRows, template_sha256, tokenise
 from kdcache.errors import DataError, RecipeError
-from kdcache.models import TokenMap, identify, load_tokenizer, token_map
+from kdcache.models import effective_dtype, identify
 from kdcache.progress import Progress
+from kdcache.token_maps import TokenMap, load_tokenizer, token_map
 
 if TYPE_CHECKING:
     from kdcache.recipe import DataSection, Recipe, SourceSection, TeacherSection
@@ -62,12 +63,12 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
     """
     data, teacher = teacher_sections(recipe)
     tokenizer = load_tokenizer(teacher.model, teacher.revision)
-    tokens = token_map(tokenizer)
+    identity = identify(teacher.model, teacher.revision)
+    tokens = token_map(tokenizer, head_width=identity.head_width)
     if recipe.selection.k > len(tokens) and recipe.selection.method == "top_k":
         raise RecipeError(
             f"selection.k is {recipe.selection.k}, but the vocabulary of {teacher.model} has only {len(tokens)} tokens"
         )
-    identity = identify(teacher.model, teacher.revision)
     splits, rows, shards, shapes = [], [], [], set()
     for number, (name, source) in enumerate((("train", data.train), ("validation", data.validation))):
         examples = load_examples(
@@ -79,13 +80,22 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
             columns={str(ours): theirs for ours, theirs in data.columns.items()},
         )
         shapes.add(examples.shape)
-        tokenised = tokenise(examples, tokenizer, prompt=data.prompt, system=data.system, max_length=data.max_length)
-        progress.message(f"{name}: {describe(tokenised, data.max_length)}")
+        tokenised = tokenise(
+            examples,
+            tokenizer,
+            prompt=data.prompt,
+            system=data.system,
+            date=data.date,
+            max_length=data.max_length,
+        )
+        tell = progress.warning if tokenised.dropped_no_target > tokenised.examples // 20 else progress.message
+        tell(f"{name}: {describe(tokenised, data.max_length)}")
         if not tokenised.rows:
             raise DataError(
                 f"{source.path} {source.split}: no example has a response token within {data.max_length} tokens "
                 f"({describe(tokenised, data.max_length)}); raise data.max_length or look at the columns"
             )
+        _refuse_unknown_ids(tokenised, len(tokens), teacher.model)
         splits.append(_split_plan(name, source, examples.name, tokenised))
         rows.append(tokenised.rows)
         shards += _cut(number, tokenised.rows, recipe.cache.positions_per_shard)
@@ -99,7 +109,7 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
             fingerprint=identity.fingerprint,
             architecture=identity.architecture,
             quantization=teacher.quantization,
-            dtype=teacher.dtype,
+            dtype=effective_dtype(teacher.quantization, teacher.dtype),
             batch_tokens=teacher.batch_tokens,
         ),
         tokenizer=TokenizerIdentity(
@@ -111,7 +121,10 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
         ),
         data=DataPlan(
             shape="+".join(sorted(shapes)),
+            columns={str(ours): theirs for ours, theirs in data.columns.items()},
             prompt=data.prompt,
+            system=data.system,
+            date=data.date,
             template_sha256=template_sha256(tokenizer, data.prompt),
             max_length=data.max_length,
             splits=tuple(splits),
@@ -138,6 +151,15 @@ def describe(tokenised: TokenRows, max_length: int) -> str:
     if tokenised.truncated:
         parts.append(f"{tokenised.truncated:,} longer than {max_length} tokens")
     return ", ".join(parts)
+
+
+def _refuse_unknown_ids(tokenised: TokenRows, vocab_size: int, model: str) -> None:
+    for row in tokenised.rows:
+        if int(row.ids.max()) >= vocab_size:
+            raise DataError(
+                f"example {row.index} holds token id {int(row.ids.max())}, for which the head of {model} has no column "
+                f"(it has {vocab_size}); remove the example or its special token"
+            )
 
 
 def _split_plan(name: str, source: SourceSection, shown: str, tokenised: TokenRows) -> SplitPlan:

@@ -78,7 +78,7 @@ def sample_plan(contents, **changes):
             name="teacher", fingerprint=hashlib.sha256(canonical(TOKENS)).hexdigest(), vocab_size=VOCAB, eos_id=1, pad_id=0
         ),
         data=DataPlan(
-            shape="text", prompt="plain", template_sha256=None, max_length=16,
+            shape="text", columns={}, system=None, date="2024-07-26", prompt="plain", template_sha256=None, max_length=16,
             splits=(split_plan(0, "train"), split_plan(1, "validation")),
         ),
         selection=SelectionPlan(method="top_k", k=6, floor=0.0, temperatures=(1.0, 2.0)),

@@ -19,6 +19,7 @@ CONTENT = sample_sequences(sequences=3)
 PACKED = shard.pack(encode(CONTENT), plan_digest="a" * 64, index=4)
 COUNTS = {
     "sequences": 3, "tokens": len(CONTENT.token_ids), "positions": len(CONTENT.rows), "temperatures": 2, "vocab_size": VOCAB,
+    "entries_limit": 6 * len(CONTENT.rows),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kdcache.data.examples import Example, Message
 from kdcache.data.tokens import tokenise
 from kdcache.errors import DataError, TokenizerError
-from kdcache.models import load_tokenizer
+from kdcache.token_maps import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ def make_case(rows, vocabulary, kept, *, hidden=16, seed=0, ragged=False, scale=
             values[row, count:] = -torch.inf
             ids[row, count:] = ids[row, 0]
     rest = (1 - values.exp().sum(dim=1)).clamp(min=0.0)
-    if kept == vocabulary and not ragged:
-        rest.zero_()
+    # A row that keeps everything has nothing outside, not the rounding of 1 - sum p.
+    rest[(~torch.isneginf(values)).sum(dim=1) == vocabulary] = 0.0
     return states, head, labels, SparseTeacher(ids, values.float(), rest.log().float())
 
 

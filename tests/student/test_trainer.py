@@ -8,13 +8,15 @@ import torch
 from kdcache.cache.reader import open_cache
 from kdcache.errors import DeviceError, PlanMismatchError, TokenizerError, TrainingError
 from kdcache.evaluate.perplexity import student_score, teacher_score
-from kdcache.models import attach_lora, load_model, load_tokenizer
+from kdcache.models import attach_lora, load_model
 from kdcache.recipe import parse_recipe
+from kdcache.student.arguments import training_arguments
 from kdcache.student.collate import Collator
-from kdcache.student.distill import distill, training_arguments
+from kdcache.student.distill import distill
 from kdcache.student.forward import loss_sums
-from kdcache.student.record import read_log
+from kdcache.student.log import read_log
 from kdcache.student.trainer import DistillationTrainer, SplitDataset
+from kdcache.token_maps import load_tokenizer
 
 OPTIONS = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5, "tail": "lumped"}
 
@@ -43,7 +45,9 @@ def one_step_gradients(values, shared_cache, tmp_path, batch, accumulation, redu
 
     trainer = Spy(
         model=model,
-        args=training_arguments(recipe, tmp_path / f"{batch}x{accumulation}"),
+        args=training_arguments(
+            recipe.training, device="cpu", seed=0, checkpoints=tmp_path / f"{batch}x{accumulation}"
+        ),
         train_dataset=SplitDataset(cache.split("train")),
         data_collator=Collator(cache.plan.tokenizer.pad_id, 2.0),
         distillation={**OPTIONS, "vocab_size": cache.vocab_size, "reduction": reduction},

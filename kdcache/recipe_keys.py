@@ -1,0 +1,46 @@
+"""The keys of a recipe model: their paths, defaults and descriptions, and what is wrong with a value."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def recipe_keys(model: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every key path with its default (or ``...`` where it is required) and its description."""
+    keys: dict[str, tuple[Any, str]] = {}
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        default = ... if field.is_required() else field.get_default(call_default_factory=True)
+        if section is None:
+            keys[prefix + name] = (default, field.description or "")
+        else:
+            keys |= recipe_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def explain(exc: ValidationError, model: type[BaseModel]) -> str:
+    """One line for the first thing wrong: the key, what was expected, and for an unknown key the nearest known one."""
+    # Unknown keys first: they usually are the cause of what else is wrong.
+    errors = sorted(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    error = errors[0]
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(p for p in path if not p.startswith(("literal[", "list[")))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if error["type"] == "extra_forbidden":
+        known = [*recipe_keys(model), *model.model_fields]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; see recipes/README.md for every key"
+        return f"unknown recipe key {key}{hint}{more}"
+    if error["type"] == "missing":
+        return f"the recipe lacks {key}{more}"
+    if error["type"] == "value_error":
+        return f"{error['ctx']['error']}{more}"
+    return f"recipe key {key}: {error['msg']}, found {error['input']!r}{more}"

@@ -1,0 +1,86 @@
+"""What a recipe says of its cache must be what the cache is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.reader import Cache
+from kdcache.errors import CacheError, PlanMismatchError
+from kdcache.models import effective_dtype
+from kdcache.recipe import Recipe
+
+TRAIN, VALIDATION = "train", "validation"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
+    """Compare every key that the plan records; sections that the recipe leaves out are not compared.
+
+    Files and folders are compared by their last name: a cache holds no paths, and may have been made elsewhere.
+
+    Raises:
+        PlanMismatchError: naming the keys that differ.
+    """
+    plan = cache.plan
+    pairs: list[tuple[str, Any, Any]] = []
+    if "selection" in recipe.model_fields_set:
+        chosen = recipe.selection
+        pairs += [
+            (f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key))
+            for key in type(chosen).model_fields
+        ]
+    teacher = recipe.teacher
+    if teacher is not None:
+        pairs += [
+            ("teacher.model", last_name(teacher.model), last_name(plan.teacher.name)),
+            ("teacher.quantization", teacher.quantization, plan.teacher.quantization),
+            ("teacher.dtype", effective_dtype(teacher.quantization, teacher.dtype), plan.teacher.dtype),
+        ]
+        if teacher.revision is not None and _COMMIT.fullmatch(teacher.revision):
+            pairs.append(("teacher.revision", teacher.revision, plan.teacher.revision))
+    data = recipe.data
+    if data is not None:
+        pairs += [
+            ("data.max_length", data.max_length, plan.data.max_length),
+            ("data.prompt", data.prompt, plan.data.prompt),
+            ("data.system", data.system, plan.data.system),
+            ("data.date", data.date, plan.data.date),
+            ("data.columns", dict(data.columns), dict(plan.data.columns)),
+        ]
+        if data.shape != "auto":
+            pairs.append(("data.shape", data.shape, plan.data.shape))
+        for name, source in ((TRAIN, data.train), (VALIDATION, data.validation)):
+            number = plan.split_index(name)
+            if number is not None:
+                split = plan.data.splits[number]
+                pairs += [
+                    (f"data.{name}.path", last_name(source.path), last_name(split.source)),
+                    (f"data.{name}.revision", source.revision, split.revision),
+                    (f"data.{name}.split", source.split, split.selected),
+                ]
+    differing = [f"{key} is {asked!r}, in the cache {found!r}" for key, asked, found in pairs if asked != found]
+    if differing:
+        raise PlanMismatchError(
+            f"the cache {cache.directory} was made from another recipe: {'; '.join(differing)}. Make it again in "
+            "another directory with kdcache teacher-cache, or put these keys back"
+        )
+
+
+def refuse_low_temperature(temperature: float, cache: Cache) -> None:
+    """The teacher can be rebuilt at every temperature from the smallest declared one up.
+
+    Raises:
+        CacheError: the temperature is below.
+    """
+    if temperature < min(cache.temperatures):
+        raise CacheError(
+            f"loss.temperature {temperature:g} is below the cache's smallest declared temperature "
+            f"{min(cache.temperatures):g}; raise it, or make a cache whose selection.temperatures include it"
+        )
+
+
+def last_name(path: str) -> str:
+    """The last component of a path or repository id."""
+    return Path(path).absolute().name
