@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -211,6 +211,8 @@ def main() -> None:
     # Deprecations and advice of the libraries are for us, not for who runs the command.
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Threads that spin while they wait halve the speed of a machine that does anything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
         # typer turns Ctrl-C inside a command into this exit code, without a word.
@@ -281,20 +283,16 @@ def _print(text: str) -> None:
 
 
 def _table(record: RunRecord) -> None:
-    from kdcache.report import RESULT_COLUMNS, result_rows
-
-    _rich_table(RESULT_COLUMNS, result_rows(record.scores))
-
-
-def _rich_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from kdcache.report import RESULT_COLUMNS, result_rows
+
     table = Table(box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
+    for i, column in enumerate(RESULT_COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in result_rows(record.scores):
         table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
