@@ -21,26 +21,24 @@ class Head:
         self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, compute: torch.dtype = torch.float32
     ) -> None:
         weight = weight_VD.detach()
-        self._native = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
-        self._weight_VD = weight if self._native else weight.to(compute)
+        self.native = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+        self._weight_VD = weight if self.native else weight.to(compute)
         self._bias_V = None if bias_V is None else bias_V.detach().to(compute)
         self.compute = compute
         self.width = weight.shape[0]
 
     def logits(self, hidden_CD: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """``[C, V]`` logits of hidden states, written to ``out`` where it is given."""
+        """``[C, V]`` logits of hidden states, in the memory of ``out`` where it is given and the device can."""
         hidden = hidden_CD.to(self._weight_VD.dtype)
-        if out is None:
-            out = torch.empty(len(hidden), self.width, dtype=self.compute, device=hidden.device)
-        if self._native:
-            out.copy_(torch.mm(hidden, self._weight_VD.T, out_dtype=torch.float32))
+        if self.native:
+            logits = torch.mm(hidden, self._weight_VD.T, out_dtype=torch.float32)
         else:
-            torch.mm(hidden, self._weight_VD.T, out=out)
-        return out if self._bias_V is None else out.add_(self._bias_V)
+            logits = torch.mm(hidden, self._weight_VD.T, out=out)
+        return logits if self._bias_V is None else logits.add_(self._bias_V)
 
     def back(self, grad_CV: torch.Tensor) -> torch.Tensor:
         """``[C, D]`` gradient by the hidden states of a gradient by the logits."""
-        if self._native:
+        if self.native:
             return torch.mm(grad_CV.to(self._weight_VD.dtype), self._weight_VD, out_dtype=torch.float32)
         if grad_CV.is_cuda:
             return grad_CV @ self._weight_VD

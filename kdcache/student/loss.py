@@ -186,11 +186,12 @@ class _ChunkedLoss(torch.autograd.Function):
         count = len(labels_N)
         ce_N = torch.empty(count, dtype=compute, device=hidden_ND.device)
         divergence_N = torch.empty_like(ce_N)
-        logits_CV = torch.empty(min(settings.rows, count), width, dtype=compute, device=hidden_ND.device)
+        # One buffer for all chunks; CUDA's own allocator does as well.
+        buffer_CV = None if head.native else ce_N.new_empty(min(settings.rows, count), width)
         for start in range(0, count, settings.rows):
             span = slice(start, min(start + settings.rows, count))
             hidden_CD = hidden_ND[span].detach()
-            chunk_CV = head.logits(hidden_CD, out=logits_CV[: len(hidden_CD)])
+            chunk_CV = head.logits(hidden_CD, out=None if buffer_CV is None else buffer_CV[: len(hidden_CD)])
             ce_N[span], divergence_N[span] = _chunk(
                 chunk_CV, labels_N[span], teacher.rows(span, compute), settings, passes,
                 with_gradient=needs_hidden or needs_head or needs_bias,

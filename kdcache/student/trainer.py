@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -99,14 +100,16 @@ class CachedDistillation:
             TrainingError: the loss is not finite; the sequences at fault are named.
         """
         sums = loss_sums(model, self.accelerator.unwrap_model(model), inputs, **self._loss_options)
-        if not torch.isfinite(sums.total):
+        # One wait for the device, and not one for each number.
+        total, ce, divergence = torch.stack([sums.total.detach(), sums.ce, sums.divergence]).double().tolist()
+        if not math.isfinite(total):
             raise TrainingError(
                 f"the loss is not finite at step {self.state.global_step + 1}, in the sequences "
                 f"{_not_finite(sums, inputs)} of the train split; lower training.learning_rate, or use "
                 "training.precision bf16 or fp32"
             )
         tokens = len(sums.ce_N)
-        self._window += torch.tensor([float(sums.ce), float(sums.divergence), tokens], dtype=torch.float64)
+        self._window += torch.tensor([ce, divergence, tokens], dtype=torch.float64)
         if self._reduction == "sum":
             loss = sums.total / self.args.gradient_accumulation_steps
         else:
