@@ -327,3 +327,38 @@ def test_summed_slices_and_odd_messages(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"messages": 3}\n')
     with pytest.raises(DataError, match="messages should be a list, found int"):
         list(load_examples(str(tmp_path / "m.jsonl")))
+
+
+def test_a_log_line_with_infinity_survives_a_resume(tmp_path):
+    """Ordinary in the first steps of fp16 training."""
+    from types import SimpleNamespace
+
+    from kdcache.student.log import CsvLog, read_log
+
+    log = CsvLog(tmp_path / "log.csv")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    log.on_train_begin(None, state, None)
+    for step, norm in ((1, float("inf")), (2, float("nan")), (3, 1.0)):
+        state.global_step = step
+        log.on_log(None, state, None, logs={"loss": 2.0, "grad_norm": norm})
+    state.global_step = 2
+    log.on_train_begin(None, state, None)
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [1, 2]
+
+
+def test_an_evaluation_in_between_is_no_part_of_the_training_log(training, tmp_path):
+    from kdcache.student.arguments import training_arguments
+    from kdcache.student.collate import Collator
+    from kdcache.student.trainer import DistillationTrainer, SplitDataset
+
+    recipe = parse_recipe(training)
+    cache = open_cache(training["cache"]["directory"])
+    arguments = training_arguments(recipe.training, device="cpu", seed=0, checkpoints=tmp_path)
+    trainer = DistillationTrainer(
+        model=load_model(recipe.student.model, dtype="float32", device="cpu"), args=arguments,
+        train_dataset=SplitDataset(cache.split("train")), eval_dataset=SplitDataset(cache.split("validation")),
+        data_collator=Collator(0, 2.0),
+        distillation={"vocab_size": cache.vocab_size, "temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5},
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert not trainer._window.any()

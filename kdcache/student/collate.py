@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from kdcache.cache.codec import CachedSequence
+from kdcache.cache.layout import HALF_ROUNDING
 from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.student.loss import SparseTeacher
 
 IGNORED = -100
+_SINGLE_ROUNDING = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,11 @@ def sparse_teacher(rows: SparseRows, temperature: float) -> SparseTeacher:
     log_z = rows.log_partition_at(temperature)
     log_probs = rows.logits.astype(np.float64)[entry] / temperature - log_z[:, None]
     log_probs[~inside] = -np.inf
-    with np.errstate(divide="ignore"):
-        log_tail = np.log(np.maximum(0.0, 1.0 - np.exp(log_probs).sum(axis=1)))
+    logits = rows.logits.astype(np.float64)[entry]
+    p = np.exp(log_probs)
+    # The kept logits are rounded: a tail below that rounding is no more than it, and never nothing.
+    rounding = HALF_ROUNDING * (p * -logits).sum(axis=1) / temperature + _SINGLE_ROUNDING
+    log_tail = np.log(np.maximum(1.0 - p.sum(axis=1), rounding))
     log_tail[rows.head >= rows.vocab_size] = -np.inf
     return SparseTeacher(
         ids_NK=torch.from_numpy(rows.ids.astype(np.int64)[entry]),

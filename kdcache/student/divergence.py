@@ -108,8 +108,8 @@ def _linear(bins: Bins, log_p_CK: torch.Tensor, log_rho_C: torch.Tensor) -> Outc
     weights, rho = bins.weights_CK, bins.log_rho_C.exp()
     zero = torch.zeros_like(weights)
     # 0 * (-inf) counts as 0: places that fill a row, and a rest of no mass.
-    kept = torch.where(weights > 0, weights * (log_p_CK - bins.log_q_CK), zero).sum(dim=1)
-    rest = torch.where(rho > 0, rho * (log_rho_C - bins.log_sigma_C), torch.zeros_like(rho))
+    kept = torch.where(weights != 0, weights * (log_p_CK - bins.log_q_CK), zero).sum(dim=1)
+    rest = torch.where(rho != 0, rho * (log_rho_C - bins.log_sigma_C), torch.zeros_like(rho))
     total = weights.sum(dim=1) + rho
     return Outcome(kept + rest, total[:, None] * bins.log_q_CK.exp() - weights, total, -rho)
 

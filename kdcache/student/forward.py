@@ -30,8 +30,8 @@ def loss_sums(
 
     Args:
         model: the model as the trainer wraps it: calling it (and not its decoder) keeps autocast and the
-            hooks of distributed engines in force.
-        base: the same model unwrapped, whose head is taken.
+            hooks of DDP in force.
+        base: the same model unwrapped, whose head is taken; engines that shard it (FSDP, ZeRO-3) are not supported.
         batch: as `Collator` returns it, on the model's device.
         vocab_size: the cache's vocabulary; head columns beyond are padding.
         temperature: T, at which the batch was collated.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import transformers
 
+from kdcache.cache.shard import write_file
 from kdcache.student.trainer import DIVERGENCE_KEYS
 
 _LOG_COLUMNS = ("step", "epoch", "loss", "ce", *DIVERGENCE_KEYS, "learning_rate", "grad_norm")
@@ -24,10 +26,11 @@ class CsvLog(transformers.TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [row for row in read_log(self._path) if row["step"] <= state.global_step] if self._path.exists() else []
-        with self._path.open("w", newline="") as f:
-            writer = csv.DictWriter(f, _LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows({k: _number(v) for k, v in row.items()} for row in kept)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, _LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows({k: _number(v) for k, v in row.items()} for row in kept)
+        write_file(self._path, text.getvalue().encode())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Append one line."""
@@ -45,4 +48,4 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+    return int(value) if value.is_integer() else value

@@ -16,14 +16,12 @@ Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary, ``K`` kept entries, ``C`` rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from kdcache.head import Head
-from kdcache.student import row_passes
-from kdcache.student.divergence import Bins, Divergence, divergence_of
+from kdcache.student.chunked_loss import ChunkedLoss, Settings
+from kdcache.student.divergence import Divergence, divergence_of
 from kdcache.student.sparse_teacher import SparseTeacher
 
 __all__ = ["DistillationLoss", "LossSums", "SparseTeacher", "distillation_loss"]
@@ -93,21 +91,32 @@ def distillation_loss(
     Raises:
         ValueError: an unknown divergence, a temperature or shape that cannot be.
     """
+    width = head_VD.shape[0] if vocab_size is None else vocab_size
     if not temperature > 0:
         raise ValueError(f"temperature should be above 0, found {temperature}")
+    if not 0 < width <= head_VD.shape[0]:
+        raise ValueError(f"vocab_size should lie between 1 and the head's {head_VD.shape[0]} rows, found {width}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows should be at least 1, found {chunk_rows}")
+    if teacher.log_weights_NK is not None and divergence in ("reverse_kl", "jsd"):
+        raise ValueError(
+            f"{divergence} is defined over kept entries and their rest; sampled entries go with forward_kl"
+        )
     if not len(hidden_ND) == len(labels_N) == len(teacher.ids_NK) == len(teacher.log_tail_N):
         raise ValueError(
             f"hidden states, labels and teacher should have one row per position, found {len(hidden_ND)}, "
             f"{len(labels_N)} and {len(teacher.ids_NK)}"
         )
     divergence_of(divergence, beta)
-    width = head_VD.shape[0] if vocab_size is None else vocab_size
-    settings = _Settings(
-        temperature, ce_weight, kd_weight, divergence, beta, width, chunk_rows or max(1, CHUNK_BYTES // (4 * width))
-    )
-    total, ce, spread = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head_VD, bias_V, labels_N, teacher, settings
-    )
+    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * width))
+    # Asked for here: inside the function gradients are always off.
+    gradient = torch.is_grad_enabled()
+    settings = Settings(temperature, ce_weight, kd_weight, divergence, beta, width, rows, gradient)
+    # Reductions and products stay in float32 whatever the caller's autocast says.
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        total, ce, spread = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, head_VD, bias_V, labels_N, teacher, settings
+        )
     return LossSums(total, ce, spread)
 
 
@@ -148,140 +157,3 @@ class DistillationLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The settings."""
         return ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
-
-
-@dataclass(frozen=True)
-class _Settings:
-    temperature: float
-    ce_weight: float
-    kd_weight: float
-    divergence: str
-    beta: float
-    width: int
-    rows: int
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Gradients are computed in the forward pass, chunk by chunk, and only scaled in the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        head_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        labels_N: torch.Tensor,
-        teacher: SparseTeacher,
-        settings: _Settings,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        passes = _passes(hidden_ND)
-        width = settings.width
-        # float64 stays float64 (gradient checks); everything else is reduced in float32.
-        compute = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        head = Head(head_VD.detach()[:width], None if bias_V is None else bias_V.detach()[:width], compute)
-        grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_head = torch.zeros(head_VD.shape, dtype=compute, device=head_VD.device) if needs_head else None
-        grad_bias = torch.zeros(head_VD.shape[0], dtype=compute, device=head_VD.device) if needs_bias else None
-        count = len(labels_N)
-        ce_N = torch.empty(count, dtype=compute, device=hidden_ND.device)
-        divergence_N = torch.empty_like(ce_N)
-        # One buffer for all chunks; CUDA's own allocator does as well.
-        buffer_CV = None if head.native else ce_N.new_empty(min(settings.rows, count), width)
-        for start in range(0, count, settings.rows):
-            span = slice(start, min(start + settings.rows, count))
-            hidden_CD = hidden_ND[span].detach()
-            chunk_CV = head.logits(hidden_CD, out=None if buffer_CV is None else buffer_CV[: len(hidden_CD)])
-            ce_N[span], divergence_N[span] = _chunk(
-                chunk_CV, labels_N[span], teacher.rows(span, compute), settings, passes,
-                with_gradient=needs_hidden or needs_head or needs_bias,
-            )  # fmt: skip
-            if grad_hidden is not None:
-                grad_hidden[span] = head.back(chunk_CV)
-            if grad_head is not None:
-                grad_head[:width].addmm_(chunk_CV.T, hidden_CD.to(compute))
-            if grad_bias is not None:
-                grad_bias[:width] += chunk_CV.sum(dim=0)
-        ctx.grads = (
-            grad_hidden,
-            None if grad_head is None else grad_head.to(head_VD.dtype),
-            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
-        )
-        ctx.mark_non_differentiable(ce_N, divergence_N)
-        # A weight of 0 leaves its term out: 0 * inf would be NaN.
-        total = torch.zeros((), dtype=compute, device=hidden_ND.device)
-        if settings.ce_weight:
-            total = total + settings.ce_weight * ce_N.sum()
-        if settings.kd_weight:
-            total = total + settings.kd_weight * settings.temperature**2 * divergence_N.sum()
-        return total, ce_N, divergence_N
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        scale = grad_outputs[0]
-        grads = tuple(None if g is None else g * scale.to(g.dtype) for g in ctx.grads)
-        return (*grads, None, None, None)
-
-
-def _chunk(
-    logits_CV: torch.Tensor,
-    labels_C: torch.Tensor,
-    teacher: SparseTeacher,
-    settings: _Settings,
-    passes: ModuleType,
-    *,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """CE and divergence per row; the logits become the gradient of the weighted sum."""
-    temperature, ids_CK, log_p_CK = settings.temperature, teacher.ids_NK, teacher.log_probs_NK
-    label_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
-    head_CK = logits_CV.gather(1, ids_CK)
-    # A row without entries keeps nothing: its one placeholder id belongs to the outside.
-    empty_C1 = torch.isneginf(log_p_CK).all(dim=1, keepdim=True)
-    logits_CV.scatter_(1, ids_CK, torch.where(empty_C1, head_CK, -torch.inf))
-    # Places that fill a short row repeat its first id and must not count twice in the student's sums.
-    head_CK = head_CK.masked_fill(_repeats(ids_CK) | empty_C1, -torch.inf)
-
-    sums = passes.outside_sums(logits_CV, temperature)
-    log_z_T = torch.logaddexp(sums.log_sum_T_C, torch.logsumexp(head_CK / temperature, dim=1))
-    log_z_1 = torch.logaddexp(sums.log_sum_1_C, torch.logsumexp(head_CK, dim=1))
-    weights_CK = log_p_CK if teacher.log_weights_NK is None else teacher.log_weights_NK
-    bins = Bins(
-        log_p_CK=log_p_CK,
-        log_q_CK=head_CK / temperature - log_z_T[:, None],
-        log_rho_C=teacher.log_tail_N,
-        log_sigma_C=sums.log_sum_T_C - log_z_T,
-        weights_CK=weights_CK.exp(),
-    )
-    outcome = divergence_of(settings.divergence, settings.beta)(bins)
-    ce_C = log_z_1 - label_C
-    if not with_gradient:
-        return ce_C, outcome.value_C
-    kd = settings.kd_weight * temperature
-    top_T_C, nothing = sums.top_C / temperature, torch.isneginf(sums.log_sum_T_C)
-    share_C = torch.where(nothing, torch.zeros_like(top_T_C), torch.exp(top_T_C - sums.log_sum_T_C))
-    factor_T = kd * (outcome.by_q_C * torch.exp(top_T_C - log_z_T) + outcome.by_share_C * share_C)
-    factor_1 = settings.ce_weight * torch.exp(sums.top_C - log_z_1)
-    grad_CV = passes.outside_gradient_(logits_CV, sums, factor_T, factor_1, temperature)
-    on_kept = settings.ce_weight * (head_CK - log_z_1[:, None]).exp() + kd * outcome.on_kept_CK
-    grad_CV.scatter_add_(1, ids_CK, on_kept)
-    grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(label_C, -settings.ce_weight)[:, None])
-    return ce_C, outcome.value_C
-
-
-def _passes(hidden_ND: torch.Tensor) -> ModuleType:
-    """The Triton passes on CUDA where Triton is installed, the torch ones elsewhere."""
-    if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64:
-        try:
-            from kdcache.student import row_passes_triton
-        except ImportError:
-            return row_passes
-        return row_passes_triton
-    return row_passes
-
-
-def _repeats(ids_CK: torch.Tensor) -> torch.Tensor:
-    """Where a row's first id stands again behind the first column."""
-    repeats = ids_CK == ids_CK[:, :1]
-    repeats[:, 0] = False
-    return repeats

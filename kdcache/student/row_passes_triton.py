@@ -7,6 +7,8 @@ and one write turn the logits into the gradient. Values are those of `row_passes
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -52,7 +54,8 @@ def outside_sums(logits_CV: torch.Tensor, temperature: float) -> OutsideSums:
     """As `row_passes.outside_sums`, but the logits stay as they are."""
     rows, width = logits_CV.shape
     top, log_t, log_1 = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(3))
-    _sums_kernel[(rows,)](logits_CV, top, log_t, log_1, logits_CV.stride(0), width, 1 / temperature, block=_BLOCK)
+    with _on(logits_CV.device):
+        _sums_kernel[(rows,)](logits_CV, top, log_t, log_1, logits_CV.stride(0), width, 1 / temperature, block=_BLOCK)
     return OutsideSums(top, log_t, log_1)
 
 
@@ -66,8 +69,14 @@ def outside_gradient_(
     """As `row_passes.outside_gradient_`, from the logits themselves."""
     rows, width = logits_CV.shape
     grid = (rows, triton.cdiv(width, _BLOCK))
-    _gradient_kernel[grid](
-        logits_CV, sums.top_C, factor_T_C.contiguous(), factor_1_C.contiguous(), logits_CV.stride(0), width,
-        1 / temperature, block=_BLOCK,
-    )  # fmt: skip
+    with _on(logits_CV.device):
+        _gradient_kernel[grid](
+            logits_CV, sums.top_C, factor_T_C.contiguous(), factor_1_C.contiguous(), logits_CV.stride(0), width,
+            1 / temperature, block=_BLOCK,
+        )  # fmt: skip
     return logits_CV
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels start on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

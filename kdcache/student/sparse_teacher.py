@@ -59,7 +59,9 @@ class SparseTeacher:
 
         Biased: the student learns to put nothing outside the kept set. Kept for comparison.
         """
-        scaled = self.log_probs_NK - torch.logsumexp(self.log_probs_NK, dim=1, keepdim=True)
+        mass = torch.logsumexp(self.log_probs_NK, dim=1, keepdim=True)
+        # A row without entries stays one.
+        scaled = torch.where(torch.isneginf(mass), self.log_probs_NK, self.log_probs_NK - mass)
         return SparseTeacher(self.ids_NK, scaled, torch.full_like(self.log_tail_N, -torch.inf))
 
     def rows(self, span: slice, dtype: torch.dtype) -> SparseTeacher:

@@ -109,13 +109,16 @@ class CachedDistillation:
                 "training.precision bf16 or fp32"
             )
         tokens = len(sums.ce_N)
-        self._window += torch.tensor([ce, divergence, tokens], dtype=torch.float64)
+        if model.training:  # an evaluation in between is no part of the training log
+            self._window += torch.tensor([ce, divergence, tokens], dtype=torch.float64)
         if self._reduction == "sum":
             loss = sums.total / self.args.gradient_accumulation_steps
         else:
-            count = tokens if num_items_in_batch is None else num_items_in_batch
-            loss = sums.total / count * self.accelerator.num_processes
-        return (loss, None) if return_outputs else loss
+            loss = sums.total / (tokens if num_items_in_batch is None else num_items_in_batch)
+            # A count over all processes meets gradients that are averaged over them.
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
 
     def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add CE and divergence per token since the last log line, over all processes."""

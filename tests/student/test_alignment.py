@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kdcache.data.tokens import TokenRow
 from kdcache.models import load_model
-from kdcache.student.collate import IGNORED, Collator
+from kdcache.student.collate import IGNORED, Collator, sparse_teacher
+from kdcache.student.loss import distillation_loss
 from kdcache.teacher.capture import shard_content
 from kdcache.teacher.forward import TeacherForward
 from kdcache.teacher.select import Selection, select
@@ -88,3 +89,21 @@ def test_short_rows_are_filled_with_nothing(models):
         kept + torch.exp(batch["teacher_log_tail"].double()), torch.ones(11, dtype=torch.float64), atol=1e-6
     )
     assert (torch.isneginf(batch["teacher_log_probs"]).sum(dim=1).numpy() == sparse.head.max() - sparse.head).all()
+
+
+def test_peaked_rows_never_have_a_rest_of_nothing():
+    """Two competing tokens: rounded logits may add up to more than 1, and reverse KL would be infinite."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 2000, generator=generator)
+    logits[:, :2] += 16 + torch.rand(400, 2, generator=generator)
+    rows = select(logits, torch.zeros(400, dtype=torch.int64), Selection("top_k", 16, 0.0, (1.0, 2.0)))
+    teacher = sparse_teacher(rows, 1.0)
+    assert torch.isfinite(teacher.log_tail_N).all()
+    truth = torch.log_softmax(logits.double(), dim=1).gather(1, teacher.ids_NK).exp().sum(dim=1)
+    assert ((1 - truth) - teacher.log_tail_N.double().exp()).abs().max() < 2e-3
+    states, head = torch.randn(400, 8, generator=generator), torch.randn(2000, 8, generator=generator)
+    sums = distillation_loss(
+        states, head, torch.zeros(400, dtype=torch.int64), teacher, temperature=1.0, ce_weight=0.0, kd_weight=1.0,
+        divergence="reverse_kl",
+    )  # fmt: skip
+    assert torch.isfinite(sums.total)
