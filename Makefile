@@ -54,8 +54,9 @@ lint: $(READY)  ## ruff and mypy --strict
 
 check: lint test  ## Everything that must be clean before a change is merged
 
+# Not triton: which release fits is for torch to say, and differs between its builds.
 constraints: $(READY)  ## Write what is installed now into constraints.txt
-	$(VENV)/bin/pip freeze --exclude-editable --disable-pip-version-check | sed -E 's/\+cpu$$//' > constraints.txt
+	$(VENV)/bin/pip freeze --exclude-editable --disable-pip-version-check | grep -v '^triton' | sed -E 's/\+cpu$$//' > constraints.txt
 
 clean:  ## Remove the environment and the embedded runs
 	rm -rf $(VENV) runs/embedded .pytest_cache .mypy_cache .ruff_cache

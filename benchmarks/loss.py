@@ -15,6 +15,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -293,7 +294,7 @@ def step_table(cache_directory: str, student: str, teacher: str, steps: int, bat
         model = load_model(student, quantization="nf4", dtype="bfloat16", device="cpu")
         model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=True)
         arguments = transformers.TrainingArguments(
-            output_dir="/tmp/kdcache-step", per_device_train_batch_size=batch, bf16=True, use_cpu=True, report_to=[],
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, bf16=True, use_cpu=True, report_to=[],
             remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=False, disable_tqdm=True,
         )  # fmt: skip
         made = kind(model=model, args=arguments, train_dataset=SplitDataset(split), data_collator=collator, **extra)
