@@ -99,6 +99,16 @@ def teacher_cache(
             f"{m:.4f} at T={t:g}" for m, t in zip(split.kept_mass_mean, chosen.selection.temperatures, strict=True)
         )
         _print(f"  {split.name}: teacher perplexity {perplexity:.3f}, kept mass {mass}")
+    thin = [
+        t
+        for t, m in zip(chosen.selection.temperatures, result.manifest.splits[0].kept_mass_mean, strict=True)
+        if m < 0.5
+    ]
+    if thin:
+        progress.warning(
+            f"at T = {number_list(tuple(thin))} most of the probability lies outside the kept entries; raise selection.k, "
+            "or train at a lower temperature"
+        )
     _print(f"cache id {result.manifest.cache_id}")
 
 
