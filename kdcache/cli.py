@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from kdcache.console import byte_size, number_list, printable
+from kdcache.console import byte_size, number_list, printable, text_table
 from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
@@ -293,16 +293,8 @@ def _print(text: str) -> None:
 
 
 def _table(record: RunRecord) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from kdcache.report import RESULT_COLUMNS, result_rows
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for i, column in enumerate(RESULT_COLUMNS):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in result_rows(record.scores):
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)
+    Console().print(text_table(RESULT_COLUMNS, result_rows(record.scores)))

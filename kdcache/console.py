@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
+    from rich.table import Table
 
 _PLAIN_EVERY_SECONDS = 10.0
 
@@ -29,6 +31,20 @@ def byte_size(count: float) -> str:
 def number_list(values: tuple[float, ...], digits: int | None = None) -> str:
     """Numbers separated by commas."""
     return ", ".join(f"{v:g}" if digits is None else f"{v:.{digits}f}" for v in values)
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of plain cells, the first column to the left and the others to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
 
 
 class TerminalProgress:
