@@ -10,7 +10,7 @@ FLAGS ?= --resume
 KDCACHE = $(VENV)/bin/kdcache
 READY = $(VENV)/.ready
 
-.PHONY: help setup embedded teacher-cache train-student evaluate inspect verify test lint check constraints clean
+.PHONY: help setup embedded teacher-cache train-student evaluate inspect fidelity verify test lint check constraints clean
 
 help:  ## Show this list
 	@echo 'RECIPE=$(RECIPE) ARGS="key.path=value …" FLAGS="$(FLAGS)" CACHE=$(CACHE) RUN=$(RUN)'
@@ -40,6 +40,9 @@ evaluate: $(READY)  ## Score a finished run again: RUN=…
 
 inspect: $(READY)  ## Facts about a cache: CACHE=…
 	@$(KDCACHE) inspect $(CACHE) $(ARGS)
+
+fidelity: $(READY)  ## How faithful per byte the cache of RECIPE is, or would be
+	@$(KDCACHE) fidelity $(RECIPE) $(ARGS)
 
 verify: $(READY)  ## Check every byte of a cache: CACHE=…
 	@$(KDCACHE) verify $(CACHE) $(ARGS)

@@ -7,14 +7,17 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from kdcache.console import byte_size, number_list, printable, text_table
+from kdcache.console import printable, text_table
 from kdcache.errors import KdcacheError
+from kdcache.summary import cache_lines, capture_lines, estimate_lines
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
     from kdcache.student.record import RunRecord
@@ -76,40 +79,14 @@ def teacher_cache(
     if dry_run:
         from kdcache.teacher.estimate import estimate
 
-        e = estimate(chosen, progress)
-        _print(f"measured on {e.sampled_positions:,} of {e.positions:,} positions; the whole run is predicted to take")
-        _print(
-            f"  size    {byte_size(e.cache_bytes)} in {e.shards} shards, {e.cache_bytes / e.positions:.1f} bytes per position"
-        )
-        _print(f"  time    {e.seconds:,.0f} s, {e.positions / e.seconds:,.0f} positions/s")
-        _print(f"  memory  {byte_size(e.memory_bytes)} of {e.memory_of} memory at the peak")
+        _lines(estimate_lines(estimate(chosen, progress)))
         return
     from kdcache.teacher.capture import capture
 
-    result = capture(chosen, progress)
-    size = sum(s.bytes for s in result.manifest.shards)
-    positions = sum(s.positions for s in result.manifest.splits)
-    did = f"{result.shards_made} shards made in {result.seconds:.0f} s" if result.shards_made else "complete already"
-    _print(
-        f"cache {result.directory}: {did}; {positions:,} positions, {byte_size(size)}, {size / positions:.1f} bytes each"
-    )
-    for split in result.manifest.splits:
-        perplexity = split.teacher_perplexity
-        mass = ", ".join(
-            f"{m:.4f} at T={t:g}" for m, t in zip(split.kept_mass_mean, chosen.selection.temperatures, strict=True)
-        )
-        _print(f"  {split.name}: teacher perplexity {perplexity:.3f}, kept mass {mass}")
-    thin = [
-        t
-        for t, m in zip(chosen.selection.temperatures, result.manifest.splits[0].kept_mass_mean, strict=True)
-        if m < 0.5
-    ]
-    if thin:
-        progress.warning(
-            f"at T = {number_list(tuple(thin))} most of the probability lies outside the kept entries; raise selection.k, "
-            "or train at a lower temperature"
-        )
-    _print(f"cache id {result.manifest.cache_id}")
+    lines, warning = capture_lines(capture(chosen, progress))
+    _lines(lines)
+    if warning is not None:
+        progress.warning(warning)
 
 
 @app.command()
@@ -154,34 +131,48 @@ def inspect(cache: CacheArgument) -> None:
     """Facts about a cache: teacher, data, what is kept, sizes, kept mass."""
     from kdcache.cache.reader import open_cache
 
-    opened = open_cache(cache)
-    plan, manifest = opened.plan, opened.manifest
-    size, raw = sum(s.bytes for s in manifest.shards), sum(s.raw_bytes for s in manifest.shards)
-    positions = sum(s.positions for s in manifest.splits)
-    selection = plan.selection
-    facts = [
-        ("cache id", opened.id),
-        ("format", f"{manifest.format} version {manifest.version}, plan {plan.digest[:12]}"),
-        ("teacher", f"{plan.teacher.name} ({plan.teacher.architecture}, {plan.teacher.quantization}, {plan.teacher.dtype})"),
-        ("tokenizer", f"{plan.tokenizer.vocab_size:,} tokens, fingerprint {plan.tokenizer.fingerprint[:12]}"),
-        ("data", f"{plan.data.shape}, prompt {plan.data.prompt}, at most {plan.data.max_length} tokens"),
-        ("kept", f"{selection.method}, k {selection.k}, floor {selection.floor:g}, temperatures {number_list(selection.temperatures)}"),
-        ("size", f"{byte_size(size)} in {len(manifest.shards)} shards ({byte_size(raw)} unpacked), {size / positions:.1f} bytes per position"),
-    ]  # fmt: skip
-    for name, value in facts:
-        _print(f"{name:10} {value}")
-    for summary, split in zip(manifest.splits, plan.data.splits, strict=True):
-        _print(f"\n{summary.name}: {split.source} {split.selected}")
-        _print(f"  {summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.positions:,} positions")
-        _print(
-            f"  {split.dropped_empty:,} examples dropped as empty, {split.dropped_no_target:,} with no target left, {split.truncated:,} cut"
-        )
-        _print(
-            f"  {summary.entries / summary.positions:.1f} entries per position, teacher perplexity {summary.teacher_perplexity:.3f}"
-        )
-        _print(
-            f"  kept mass at T = {number_list(selection.temperatures)}: mean {number_list(summary.kept_mass_mean, 4)}, first percentile {number_list(summary.kept_mass_p1, 3)}"
-        )
+    _lines(cache_lines(open_cache(cache)))
+
+
+@app.command()
+def fidelity(
+    what: Annotated[
+        Path, typer.Argument(help="Cache directory, or a recipe whose cache need not exist.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Folder or id of the cache's teacher, where it is not found under its name."),
+    ] = None,
+    student: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Student whose gradient is compared; a recipe's own by default."),
+    ] = None,
+    positions: Annotated[int, typer.Option(min=16, help="About how many positions to measure.")] = 2048,
+    compare: Annotated[bool, typer.Option(help="Measure other settings beside the chosen one.")] = True,
+    output: Annotated[Path, typer.Option(help="Folder for fidelity.json, fidelity.md and fidelity.png.")] = Path(
+        "runs/fidelity"
+    ),
+) -> None:
+    """How faithful a cache is per byte, or would be: its teacher is run again on a sample, in full."""
+    from kdcache.errors import RecipeError
+    from kdcache.evaluate.fidelity_run import cache_fidelity, recipe_fidelity
+    from kdcache.report import FIDELITY_COLUMNS, PARTS_COLUMNS, fidelity_rows, parts_rows, write_fidelity
+
+    progress = _progress()
+    options: dict[str, Any] = {"student": student, "positions": positions, "compare": compare, "progress": progress}
+    if what.is_dir():
+        if overrides:
+            raise RecipeError(f"{overrides[0]} is a recipe key, but {what} is a cache; give a recipe to change keys")
+        report = cache_fidelity(what, teacher=teacher, **options)
+    else:
+        recipe = _recipe(what, [*(overrides or []), *([f"teacher.model={teacher}"] if teacher else [])])
+        _embedded(recipe, progress)
+        report = recipe_fidelity(recipe, **options)
+    _print(f"{report.title}; mass: exact entries, mean and first percentile; cosine, error: of the student's gradient")
+    _rich(text_table(FIDELITY_COLUMNS, fidelity_rows(report)))
+    _rich(text_table(PARTS_COLUMNS, parts_rows(report)))
+    _print("table, figures and plot: " + ", ".join(str(p) for p in write_fidelity(report, output)))
 
 
 @app.command()
@@ -292,9 +283,18 @@ def _print(text: str) -> None:
     print(printable(text), flush=True)
 
 
-def _table(record: RunRecord) -> None:
-    from rich.console import Console
+def _lines(lines: list[str]) -> None:
+    for line in lines:
+        _print(line)
 
+
+def _table(record: RunRecord) -> None:
     from kdcache.report import RESULT_COLUMNS, result_rows
 
-    Console().print(text_table(RESULT_COLUMNS, result_rows(record.scores)))
+    _rich(text_table(RESULT_COLUMNS, result_rows(record.scores)))
+
+
+def _rich(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)

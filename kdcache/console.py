@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PLAIN_EVERY_SECONDS = 10.0
+# Columns from which a table has to save room to fit 80 characters.
+_MANY = 8
 
 
 def printable(text: str) -> str:
@@ -39,7 +41,7 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=len(columns) > _MANY)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from kdcache.cache.layout import SHARD_LIMIT
 from kdcache.errors import RecipeError
 from kdcache.recipe_keys import explain
+from kdcache.recipe_selection import Section, SelectionSection
 from kdcache.recipe_yaml import read_values
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -22,11 +23,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class EmbeddedSection(_Section):
+class EmbeddedSection(Section):
     """Make the built-in data set, tokenizer, teacher and student when they are not there yet."""
 
     directory: str = Field("runs/embedded/models", description="Folder for the data and the model folders.")
@@ -40,7 +37,7 @@ class EmbeddedSection(_Section):
     student_steps: int = Field(80, ge=1, description="Training steps of the student.")
 
 
-class SourceSection(_Section):
+class SourceSection(Section):
     """One split of a data set."""
 
     path: str = Field(
@@ -52,7 +49,7 @@ class SourceSection(_Section):
     revision: str | None = Field(None, description="Commit, tag or branch of a data set on the Hub.")
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Which text, and how it becomes tokens."""
 
     train: SourceSection = Field(description="What the student learns from.")
@@ -80,7 +77,7 @@ class DataSection(_Section):
     )
 
 
-class TeacherSection(_Section):
+class TeacherSection(Section):
     """The model whose distributions are cached."""
 
     model: str = Field(description="Hugging Face id or local folder.")
@@ -93,35 +90,7 @@ class TeacherSection(_Section):
     )
 
 
-class SelectionSection(_Section):
-    """What each position keeps."""
-
-    method: Literal["top_k", "threshold"] = Field(
-        "top_k", description="top_k: the k largest; threshold: those with probability at least floor, at most k."
-    )
-    k: int = Field(64, ge=1, le=65535, description="Entries kept per position (top_k), or at most kept (threshold).")
-    floor: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="threshold: an entry stays if its probability reaches this at any declared temperature.",
-    )
-    temperatures: tuple[float, ...] = Field(
-        (1.0, 2.0), min_length=1, max_length=16, description="Temperatures whose log-partition is stored exactly."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SelectionSection:
-        if self.method == "threshold" and self.floor == 0:
-            raise ValueError("selection.method threshold needs selection.floor above 0")
-        if self.method == "top_k" and self.floor != 0:
-            raise ValueError("selection.floor is for selection.method threshold; with top_k leave it at 0")
-        if list(self.temperatures) != sorted(set(self.temperatures)) or min(self.temperatures) <= 0:
-            raise ValueError("selection.temperatures should be positive and rise strictly")
-        return self
-
-
-class CacheSection(_Section):
+class CacheSection(Section):
     """Where the cache lies and how it is cut."""
 
     directory: str = Field(description="Cache directory; the thing to share.")
@@ -133,7 +102,7 @@ class CacheSection(_Section):
     )
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """LoRA as peft knows it."""
 
     r: int = Field(16, ge=1, description="Rank.")
@@ -144,7 +113,7 @@ class LoraSection(_Section):
     )
 
 
-class StudentSection(_Section):
+class StudentSection(Section):
     """The model that learns."""
 
     model: str = Field(description="Hugging Face id or local folder.")
@@ -161,7 +130,7 @@ class StudentSection(_Section):
         return self
 
 
-class LossSection(_Section):
+class LossSection(Section):
     """ce_weight * CE + kd_weight * temperature^2 * divergence(teacher_T, student_T)."""
 
     temperature: float = Field(2.0, gt=0, le=100, description="T of the KL term.")
@@ -178,10 +147,11 @@ class LossSection(_Section):
         "over the kept entries and one bucket for the rest.",
     )
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of jsd.")
-    tail: Literal["lumped", "renormalised"] = Field(
-        "lumped",
-        description="Mass outside the kept set. lumped: one bucket with its exact mass; renormalised: ignored, the kept "
-        "entries scaled to 1 (biased, for comparison).",
+    tail: Literal["auto", "lumped", "renormalised"] = Field(
+        "auto",
+        description="Mass outside the exact entries. lumped: one bucket with its exact mass; renormalised: ignored, the "
+        "exact entries scaled to 1 (biased, for comparison); auto: the drawn entries where the cache has them and the "
+        "divergence is forward_kl or soft_ce, otherwise lumped.",
     )
 
     @model_validator(mode="after")
@@ -189,11 +159,11 @@ class LossSection(_Section):
         if self.ce_weight == 0 and self.kd_weight == 0:
             raise ValueError("loss.ce_weight and loss.kd_weight are both 0: nothing to learn")
         if self.tail == "renormalised" and self.divergence in ("reverse_kl", "jsd"):
-            raise ValueError(f"loss.divergence {self.divergence} needs the mass outside: loss.tail lumped")
+            raise ValueError(f"loss.divergence {self.divergence} needs the mass outside: loss.tail auto or lumped")
         return self
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How long and how fast; the names of transformers.TrainingArguments, shortened."""
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
@@ -225,7 +195,7 @@ class TrainingSection(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One experiment."""
 
     output: str = Field(description="Run directory: adapter, logs, plots and the result table.")
@@ -243,10 +213,12 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _shards_fit(self) -> Recipe:
-        entry_bytes = 6
-        if self.selection.k * self.cache.positions_per_shard * entry_bytes > SHARD_LIMIT // 2:
+        entry_bytes, chosen = 5, self.selection
+        entries = {"random_sampling": chosen.draws + 1, "threshold_sampling": 0}.get(chosen.method, chosen.k)
+        if entries * self.cache.positions_per_shard * entry_bytes > SHARD_LIMIT // 2:
             raise ValueError(
-                f"selection.k {self.selection.k} times cache.positions_per_shard {self.cache.positions_per_shard} makes "
+                f"selection.{'draws' if chosen.method == 'random_sampling' else 'k'} {entries} times "
+                f"cache.positions_per_shard {self.cache.positions_per_shard} makes "
                 f"shards of more than {SHARD_LIMIT // 2:,} bytes; lower one of them"
             )
         return self

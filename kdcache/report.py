@@ -1,13 +1,15 @@
-"""Run records -> tables and plots."""
+"""Run records and fidelity reports -> tables and plots."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.errors import StorageError
 
 if TYPE_CHECKING:
+    from kdcache.evaluate.fidelity_run import FidelityReport
     from kdcache.student.record import RunRecord
 
 SMOOTHING_STEPS = 10
@@ -20,7 +22,7 @@ _TRACES = (
 )
 
 
-def result_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str, str]]:
+def result_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     """Model, loss, perplexity, KL to the teacher and tokens, as text."""
     return [
         (name, f"{s['loss']:.4f}", f"{s['perplexity']:.3f}", f"{s['kl_to_teacher']:.4f}", f"{int(s['tokens']):,}")
@@ -34,12 +36,10 @@ RESULT_COLUMNS = ("model", "loss", "perplexity", "KL to teacher", "tokens")
 def result_markdown(record: RunRecord) -> str:
     """The result table as Markdown, with what it was measured on."""
     lines = [
-        "| " + " | ".join(RESULT_COLUMNS) + " |",
-        "|---|---:|---:|---:|---:|",
-        *("| " + " | ".join(row) + " |" for row in result_rows(record.scores)),
-        "",
+        _markdown(RESULT_COLUMNS, result_rows(record.scores)),
         "Loss in nats per token, summed over the response tokens of the cache's validation split; the teacher's row comes",
-        "from the cache alone. KL(teacher || student) at T = 1, with the mass outside the cached entries as one bucket.",
+        "from the cache alone. KL(teacher || student) at T = 1: estimated without bias where the cache holds drawn entries,",
+        "otherwise with the mass outside its entries as one bucket.",
         f"Cache {record.values['cache_id'][:12]}, {record.values['steps']} steps, {record.values['seconds']:.0f} s"
         + (f" since step {record.values['resumed_at']}." if record.values["resumed_at"] else "."),
     ]
@@ -110,3 +110,104 @@ def write_pages(record: RunRecord) -> list[Path]:
     except OSError as exc:
         raise StorageError(f"cannot write the pages of {record.output}: {exc.strerror or exc}") from exc
     return [run.table, *([run.plot] if log else [])]
+
+
+FIDELITY_COLUMNS = (
+    "setting", "T", "bytes", "mass", "p1", "KL", "p99", "TV", "top-1", "cosine", "error",
+)  # fmt: skip
+PARTS_COLUMNS = ("bytes per position", "entries", "in all", "ids", "values", "partition", "text")
+
+
+def fidelity_rows(report: FidelityReport) -> list[tuple[str, ...]]:
+    """A row for each setting and temperature; temperatures that a setting cannot give are left out."""
+    rows: list[tuple[str, ...]] = []
+    for setting in report.settings:
+        chosen = setting is report.settings[0]
+        for f in setting.figures:
+            if not chosen and f.temperature not in report.declared:
+                continue
+            rows.append((
+                setting.name, f"{f.temperature:g}", f"{setting.bytes_per_position:.1f}",
+                f"{f.kept_mass:.3f}", f"{f.kept_mass_p1:.3f}", f"{f.kl:.3f}", f"{f.kl_p99:.2f}",
+                f"{f.total_variation:.3f}", f"{f.top_1:.3f}",
+                "-" if f.gradient_cosine is None else f"{f.gradient_cosine:.4f}",
+                "-" if f.gradient_error is None else f"{f.gradient_error:.4f}",
+            ))  # fmt: skip
+    return rows
+
+
+def parts_rows(report: FidelityReport) -> list[tuple[str, ...]]:
+    """Where the bytes of each setting go; parts are compressed alone, so they add up only about."""
+    return [
+        (s.name, *(f"{v:.1f}" for v in (s.entries, s.bytes_per_position, *s.parts.values()))) for s in report.settings
+    ]
+
+
+def fidelity_plot(report: FidelityReport, path: Path) -> None:
+    """Bytes per position against error (of the gradient where there is a student, else KL), a panel per temperature."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    gradient = report.student is not None
+    figure, axes = pyplot.subplots(
+        1,
+        len(report.declared),
+        figsize=(5.2 * len(report.declared), 4.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, t in zip(axes[0], report.declared, strict=True):
+        series: dict[str, list[tuple[float, float]]] = {}
+        for setting in report.settings:
+            for f in setting.figures:
+                error = f.gradient_error if gradient else f.kl
+                if f.temperature == t and error is not None:
+                    series.setdefault(setting.name.rstrip("0123456789 B"), []).append(
+                        (setting.bytes_per_position, error)
+                    )
+        for name, points in series.items():
+            points.sort()
+            chosen = name == report.settings[0].name
+            axis.plot(
+                [p[0] for p in points], [p[1] for p in points], marker="*" if chosen else "o", linestyle="-" if len(points) > 1 else "",
+                markersize=16 if chosen else 5, color="black" if chosen else None, fillstyle="none" if chosen else "full",
+                zorder=3 if chosen else 2, label=name,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", title=f"T = {t:g}", xlabel="bytes per position")
+        ticks = [b for b in (16, 24, 42, 64, 96, 192, 384) if axis.get_xlim()[0] <= b <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, [str(b) for b in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("error of the student's gradient" if gradient else "KL(full || rebuilt), nats")
+    axes[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def write_fidelity(report: FidelityReport, folder: Path) -> list[Path]:
+    """Write fidelity.md, fidelity.json and fidelity.png; returns their paths.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    paths = [folder / f"fidelity.{end}" for end in ("md", "json", "png")]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths[0].write_text(
+            f"{report.title}.\n\n"
+            + _markdown(FIDELITY_COLUMNS, fidelity_rows(report)) + "\n" + _markdown(PARTS_COLUMNS, parts_rows(report))
+        )  # fmt: skip
+        paths[1].write_text(json.dumps(report.as_record(), indent=1))
+        fidelity_plot(report, paths[2])
+    except OSError as exc:
+        raise StorageError(f"cannot write to {folder}: {exc.strerror or exc}") from exc
+    return paths
+
+
+def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"

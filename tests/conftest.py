@@ -50,7 +50,7 @@ def base_values(models, tmp_path_factory):
             "device": "cpu",
             "batch_tokens": 512,
         },
-        "selection": {"method": "top_k", "k": 8},
+        "selection": {"bytes_per_position": 48},
         "student": {"model": str(models / "student"), "quantization": "none", "dtype": "float32", "device": "cpu"},
         "training": {
             "epochs": 1,

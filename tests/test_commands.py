@@ -214,7 +214,8 @@ BAD_TEACHER = {
     "no tokenizer": ({"teacher.model": "BARE"}, "no usable tokenizer"),
     "no end token": ({"teacher.model": "ENDLESS"}, "no end-of-sequence token"),
     "no weights": ({"teacher.model": "WEIGHTLESS"}, "has no weights"),
-    "k above V": ({"selection.k": 60000}, "selection.k is 60000, but the vocabulary"),
+    "k above V": ({"selection": {"method": "top_k", "k": 60000}}, "selection.k is 60000, but the vocabulary"),
+    "budget below the text": ({"selection.bytes_per_position": 8}, "selection.bytes_per_position 8 is too small"),
     "no cuda": ({"teacher.device": "cuda"}, "no CUDA device"),
     "not a cache": ({"cache.directory": "OCCUPIED"}, "neither empty nor a cache"),
     "no data section": ({"data": None}, "needs the recipe section data"),
@@ -251,7 +252,7 @@ def test_bad_input_to_teacher_cache_is_one_line_and_exit_2(case, run, recipe, va
     changes, message = BAD_TEACHER[case]
     values["loss"] = {}
     for key, value in changes.items():
-        set_key(values, key, str(bad_paths[value]) if value in bad_paths else value)
+        set_key(values, key, str(bad_paths[value]) if isinstance(value, str) and value in bad_paths else value)
     code, _, err = run("teacher-cache", recipe())
     assert code == 2, err
     assert err.startswith("error: ")
@@ -291,7 +292,16 @@ def test_bad_input_to_train_student_is_one_line_and_exit_2(run, recipe, values, 
         refused("is damaged", cache__directory=str(broken))
     refused("does not exist", cache__directory=str(shared_cache), student__model="/nowhere/model")
     refused("no CUDA device", cache__directory=str(shared_cache), student__device="cuda")
-    refused("selection.k is 9, in the cache 8", cache__directory=str(shared_cache), selection__k=9)
+    refused(
+        "selection.bytes_per_position is 49.0, in the cache 48.0",
+        cache__directory=str(shared_cache),
+        selection__bytes_per_position=49,
+    )
+    refused(
+        "selection.floors is (0.1, 0.1), in the cache",
+        cache__directory=str(shared_cache),
+        selection={"floors": [0.1, 0.1]},
+    )
     other = tmp_path / "other-tokens"
     shutil.copytree(models / "student", other)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -303,10 +313,10 @@ def test_bad_input_to_train_student_is_one_line_and_exit_2(run, recipe, values, 
 
 def test_a_cache_of_another_plan_is_refused_naming_the_fields(run, recipe, values, shared_cache, tmp_path):
     values["cache"]["directory"] = str(shutil.copytree(shared_cache, tmp_path / "copy"))
-    values["selection"]["k"] = 9
+    values["selection"]["bytes_per_position"] = 49
     code, _, err = run("teacher-cache", recipe())
     assert (code, err.count("\n")) == (2, 1)
-    assert "selection.k: 9 against 8" in err
+    assert "selection.bytes_per_position: 49.0 against 48.0" in err
     assert files(values["cache"]["directory"]) == files(shared_cache)
 
 

@@ -18,7 +18,6 @@ from kdcache.cache.manifest import (
     DataPlan,
     Manifest,
     Plan,
-    SelectionPlan,
     ShardEntry,
     ShardPlan,
     SplitPlan,
@@ -26,6 +25,7 @@ from kdcache.cache.manifest import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from kdcache.cache.selection import SelectionPlan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -155,9 +155,9 @@ def test_fields_of_plan_and_manifest():
 
 
 def test_every_invariant_has_a_number_in_the_document():
-    source = "".join((ROOT / "kdcache/cache" / n).read_text() for n in ("rows.py", "codec.py"))
+    source = "".join((ROOT / "kdcache/cache" / n).read_text() for n in ("invariants.py", "codec.py"))
     used = {int(n) for n in re.findall(r"invariant (\d+) ", source)} | {
-        int(n) for n in re.findall(r"_refuse\((\d+)", source)
+        int(n) for n in re.findall(r"\b_refuse\((\d+)", source)
     }
     section = FORMAT.split("## 5. Invariants")[1].split("## 6.")[0]
     assert used == {int(n) for n in re.findall(r"^(\d+)\. ", section, flags=re.MULTILINE)}
@@ -176,9 +176,39 @@ def test_the_documented_arithmetic_reads_a_shard(shared_cache):
     tensors = safetensors.numpy.load(zstandard.ZstdDecompressor().decompress(data))
     plan = json.loads((shared_cache / "plan.json").read_text())
     column = plan["selection"]["temperatures"].index(2.0)
-    head = tensors["row.head"].astype(int)
-    first = slice(0, head[0])
-    log_p = tensors["entry.logit"][first].astype(float) / 2.0 - tensors["row.log_partition"][0, column]
+    floors = plan["selection"]["floors"]
+
+    def numbers(name):
+        return sum(plane.astype(np.int64) << (8 * i) for i, plane in enumerate(tensors[name]))
+
+    head, tail = int(numbers("row.head")[0]), int(numbers("row.tail")[0])
+    rest = [
+        (int(tensors["row.rest"][0, b, 0]) + 256 * int(tensors["row.rest"][1, b, 0]) - 32768) / 1024 for b in (0, 1)
+    ]
+    logits = -numbers("head.value")[:head] / 16
+    z = [np.log(np.exp(logits / t).sum()) + np.log1p(np.exp(r)) for t, r in zip((1.0, 2.0), rest, strict=True)]
+    log_p = logits / 2.0 - z[column]
     rows = cache.split("train")[0].rows
-    assert np.exp(log_p).sum() == pytest.approx(rows.kept_mass()[0, column])
-    assert tensors["entry.id"][first].tolist() == rows.ids[first].tolist()
+    assert np.exp(log_p).sum() == pytest.approx(rows.kept_mass()[0, column], rel=1e-5)
+    assert np.cumsum(numbers("head.id")[:head]).tolist() == rows.head_ids[:head].tolist()
+    drawn = -numbers("tail.value")[:tail] / 2
+    inclusion = np.max([np.exp(drawn / t - z[b]) / floors[b] for b, t in enumerate((1.0, 2.0))], axis=0)
+    _, weights = rows.log_weights_at(2.0, rows.log_partition_at(2.0))
+    assert np.exp(weights[:tail]) == pytest.approx(np.exp(drawn / 2.0 - z[column]) / inclusion, rel=1e-4)
+    assert np.cumsum(numbers("tail.id")[:tail]).tolist() == rows.tail_ids[:tail].tolist()
+
+
+def test_the_documented_draws():
+    """Section 6: the uniform numbers from the digests alone."""
+    import hashlib
+
+    import numpy as np
+
+    from kdcache.cache.codec import sequence_digest
+    from kdcache.data.tokens import TokenRow
+    from kdcache.teacher.draws import uniforms
+
+    ids, targets = np.array([5, 6, 7], dtype=np.uint32), np.array([False, True, True])
+    stream = hashlib.shake_256(bytes.fromhex("ab" * 32) + sequence_digest(ids, targets)).digest(16)
+    expected = [(int.from_bytes(stream[8 * i : 8 * i + 8], "little") >> 11) * 2.0**-53 for i in range(2)]
+    assert uniforms("ab" * 32, TokenRow(0, ids, targets), 1)[:, 0].tolist() == expected

@@ -12,7 +12,6 @@ import torch
 from kdcache.cache import layout
 from kdcache.cache.manifest import parse_manifest, parse_plan
 from kdcache.cache.reader import open_cache, shard_path
-from kdcache.cache.rows import SparseRows
 from kdcache.cache.strict_json import parse_object
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
@@ -35,7 +34,7 @@ from kdcache.recipe import parse_recipe
 from kdcache.student.distill import distill
 from kdcache.teacher.select import Selection, select
 from kdcache.token_maps import load_tokenizer
-from tests.cache.samples import TOKENS, sample_plan, sample_sequences
+from tests.cache.samples import TOKENS, sample_plan, sample_sequences, stored_rows
 
 
 @pytest.fixture
@@ -46,20 +45,21 @@ def training(values, shared_cache):
     return values
 
 
-def test_interpolation_survives_rows_whose_tail_drowns_in_rounding():
+@pytest.mark.parametrize("values", ["quantised", "half"])
+def test_interpolation_survives_rows_whose_tail_drowns_in_rounding(values):
     """Kept mass .99999 and more: the tail at T = 1 is below the rounding of the kept logits."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(100, 20_000, generator=generator) * 1.5
     logits[:, :64] += torch.linspace(25, 14, 64)
-    rows = select(logits, torch.zeros(100, dtype=torch.int64), Selection("top_k", 64, 0.0, (1.0, 2.0)))
+    exact_rows = select(logits, torch.zeros(100, dtype=torch.int64), Selection("top_k", (1.0, 2.0), k=64)).rows
+    rows = stored_rows(exact_rows, values=values)
     assert rows.kept_mass()[:, 0].mean() > 0.99999
     relative = logits.double() - logits.double().amax(dim=1, keepdim=True)
     for t in (1.5, 3.0, 4.0):
         exact = torch.logsumexp(relative / t, dim=1).numpy()
         assert np.abs(rows.log_partition_at(t) - exact).max() < 1.0
-    between = rows.log_partition_at(1.5)
-    assert ((between >= rows.log_partition[:, 0] - 1e-3) & (between <= rows.log_partition[:, 1] + 1e-3)).all()
-    assert isinstance(rows, SparseRows)
+    between, (low, high) = rows.log_partition_at(1.5), (rows.log_partition_at(t) for t in (1.0, 2.0))
+    assert ((between >= low - 1e-3) & (between <= high + 1e-3)).all()
 
 
 def test_overwrite_forgets_nothing_before_the_new_run_can_start(training):
@@ -210,9 +210,13 @@ def test_logits_changed_behind_the_head_are_refused(tmp_path, models):
 
 
 def test_shards_that_could_never_be_read_are_refused_in_the_recipe(values):
-    values["selection"]["k"] = 60_000
+    values["selection"] = {"method": "top_k", "k": 60_000}
     values["cache"]["positions_per_shard"] = 65_536
     with pytest.raises(RecipeError, match=r"selection\.k 60000 times cache\.positions_per_shard 65536"):
+        parse_recipe(values)
+    values["selection"] = {"method": "random_sampling", "draws": 255, "temperatures": [1.0]}
+    values["cache"]["positions_per_shard"] = 1 << 24
+    with pytest.raises(RecipeError, match=r"selection\.draws 256 times cache\.positions_per_shard 16777216"):
         parse_recipe(values)
 
 
@@ -235,6 +239,7 @@ def cache(tmp_path):
         lambda m: m["splits"][1].update(positions=0),
         lambda m: m["splits"][0].update(tokens=1),
         lambda m: m["splits"][0].update(kept_mass_mean=[0.5]),
+        lambda m: m["splits"][0].pop("kept_positions"),
         lambda m: m["splits"][0].update(kept_mass_mean=[2.0, 2.0]),
     ],
 )

@@ -24,8 +24,7 @@ def data_card(plan: Plan, manifest: Manifest) -> str:
         f"- teacher: {_plain(teacher.name)} ({_plain(teacher.architecture)}, {_plain(teacher.quantization)} weights, "
         f"{_plain(teacher.dtype)} arithmetic, revision {_plain(teacher.revision or 'none')})",
         f"- tokenizer: {tokenizer.vocab_size:,} tokens, fingerprint `{tokenizer.fingerprint[:16]}`",
-        f"- kept per position: {selection.method}, at most {selection.k} entries, probability floor {selection.floor:g}; "
-        f"exact log-partition at temperatures {temperatures}",
+        f"- kept per position: {selection.describe()}; mass outside at temperatures {temperatures}",
         f"- size: {size:,} bytes in {len(manifest.shards)} shards, {size / positions:.1f} bytes per position",
         "",
         "| split | from | sequences | tokens | positions | entries per position | teacher perplexity | "

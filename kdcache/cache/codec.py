@@ -10,8 +10,23 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.layout import DIGEST_BYTES, SAFETENSORS_DTYPES, TENSORS, id_dtype
-from kdcache.cache.rows import SparseRows
+from kdcache.cache import layout
+from kdcache.cache.invariants import check_rows
+from kdcache.cache.layout import DIGEST_BYTES, id_bytes, tensor_names
+from kdcache.cache.numbers import (
+    Values,
+    decode_half,
+    decode_rest,
+    decode_values,
+    encode_half,
+    encode_rest,
+    encode_values,
+    from_planes,
+    id_steps,
+    ids_of_steps,
+    to_planes,
+)
+from kdcache.cache.rows import RowDesign, SparseRows
 from kdcache.errors import CorruptCacheError
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -69,31 +84,45 @@ def sequence_digest(token_ids: NDArray[np.uint32], targets: NDArray[np.bool_]) -
     return h.digest()[:DIGEST_BYTES]
 
 
-def encode(content: ShardContent) -> Arrays:
-    """Arrays of one shard, in the dtypes and shapes of ``layout.TENSORS``."""
-    rows, ids = content.rows, id_dtype(content.rows.vocab_size)
-    return {
+def encode(content: ShardContent, *, values: Values) -> Arrays:
+    """Arrays of one shard, in the dtypes and shapes of ``layout.TENSORS``.
+
+    Lossless but for the logits (``values`` quantised: to steps of 1/16 for exact and 1/2 for drawn entries; half: to half
+    precision), the rest's log-odds (steps of 2^-10, within 32) and the label's log-probability (half precision).
+    """
+    rows, width = content.rows, id_bytes(content.rows.design.vocab_size)
+    arrays: Arrays = {
         "sequence.length": content.lengths.astype("<u4"),
         "sequence.digest": sequence_digests(content),
-        "token.id": content.token_ids.astype(ids),
+        "token.id": to_planes(content.token_ids, width),
         "token.target": content.targets.astype("|u1"),
-        "row.head": rows.head.astype("<u2"),
-        "row.tail": rows.tail.astype("<u2"),
-        "row.log_partition": rows.log_partition.astype("<f4"),
-        "row.label_log_prob": rows.label_log_prob.astype("<f4"),
-        "entry.id": rows.ids.astype(ids),
-        "entry.logit": rows.logits.astype("<f2"),
+        "row.head": to_planes(rows.head, 2),
+        "row.tail": to_planes(rows.tail, 2),
+        "row.rest": encode_rest(rows.rest),
+        "row.label": encode_half(rows.label_log_prob),
+        "head.id": to_planes(id_steps(rows.head_ids, rows.head_offsets), width),
+        "head.value": encode_values(rows.head_logits, layout.HEAD_STEP, values),
+        "tail.id": to_planes(id_steps(rows.tail_ids, rows.tail_offsets), width),
     }
+    if rows.design.tail_logits:
+        arrays["tail.value"] = encode_values(rows.tail_logits, layout.TAIL_STEP, values)
+    else:
+        first = np.zeros(len(rows), dtype=np.float32)
+        first[rows.tail > 0] = rows.tail_logits[rows.tail_offsets[:-1][rows.tail > 0]]
+        arrays["row.tail_value"] = encode_half(first)
+    if rows.head_counts is not None and rows.tail_counts is not None:
+        arrays |= {"head.count": rows.head_counts.astype("|u1"), "tail.count": rows.tail_counts.astype("|u1")}
+    return arrays
 
 
-def decode(arrays: Arrays, *, temperatures: tuple[float, ...], vocab_size: int) -> ShardContent:
+def decode(arrays: Arrays, *, design: RowDesign, values: Values) -> ShardContent:
     """Inverse of `encode`, holding the invariants of ``cache_format.md``.
 
     Raises:
         CorruptCacheError: an invariant is broken.
     """
     lengths = arrays["sequence.length"].astype(np.int64)
-    token_ids = arrays["token.id"].astype(np.uint32)
+    token_ids = from_planes(arrays["token.id"])
     flags = arrays["token.target"]
     if int(lengths.sum()) != len(token_ids):
         raise CorruptCacheError(
@@ -103,19 +132,34 @@ def decode(arrays: Arrays, *, temperatures: tuple[float, ...], vocab_size: int) 
         raise CorruptCacheError("invariant 1 (a sequence has at least two tokens)")
     if np.any(flags.astype(np.uint8, copy=False) > 1):
         raise CorruptCacheError("invariant 2 (target flags are 0 or 1)")
+    head, tail = (from_planes(arrays[f"row.{name}"]).astype(np.int64) for name in ("head", "tail"))
+    head_ids, tail_ids = (arrays[f"{name}.id"] for name in ("head", "tail"))
+    for name, counts, ids in (("head", head, head_ids), ("tail", tail, tail_ids)):
+        # Held here already: offsets cut the ids.
+        if int(counts.sum()) != ids.shape[1]:
+            raise CorruptCacheError(
+                f"invariant 4 (row counts add up to the entries): {name}, {int(counts.sum())} against {ids.shape[1]}"
+            )
+    if design.tail_logits:
+        tail_logits = decode_values(arrays["tail.value"], layout.TAIL_STEP, values)
+    else:
+        tail_logits = np.repeat(decode_half(arrays["row.tail_value"]), tail)
     content = ShardContent(
         lengths=lengths,
         token_ids=token_ids,
         targets=flags.astype(np.bool_),
         rows=SparseRows(
-            head=arrays["row.head"].astype(np.int64),
-            tail=arrays["row.tail"].astype(np.int64),
-            ids=arrays["entry.id"].astype(np.uint32),
-            logits=arrays["entry.logit"].astype(np.float16, copy=False),
-            log_partition=arrays["row.log_partition"].astype(np.float32, copy=False),
-            label_log_prob=arrays["row.label_log_prob"].astype(np.float32, copy=False),
-            temperatures=temperatures,
-            vocab_size=vocab_size,
+            head=head,
+            tail=tail,
+            head_ids=ids_of_steps(from_planes(head_ids), head),
+            head_logits=decode_values(arrays["head.value"], layout.HEAD_STEP, values),
+            tail_ids=ids_of_steps(from_planes(tail_ids), tail),
+            tail_logits=tail_logits,
+            rest=decode_rest(arrays["row.rest"]),
+            label_log_prob=decode_half(arrays["row.label"]),
+            design=design,
+            head_counts=_counts(arrays.get("head.count")),
+            tail_counts=_counts(arrays.get("tail.count")),
         ),
     )
     if np.any(content.targets[content.token_offsets[:-1]]):
@@ -124,24 +168,25 @@ def decode(arrays: Arrays, *, temperatures: tuple[float, ...], vocab_size: int) 
         raise CorruptCacheError(
             f"invariant 2 (one row per target): {len(content.rows)} rows, {int(content.targets.sum())} targets"
         )
-    if np.any(token_ids >= vocab_size):
-        raise CorruptCacheError(f"invariant 3 (token ids lie below {vocab_size})")
+    if np.any(token_ids >= design.vocab_size):
+        raise CorruptCacheError(f"invariant 3 (token ids lie below {design.vocab_size})")
     if not np.array_equal(arrays["sequence.digest"], sequence_digests(content)):
         raise CorruptCacheError("invariant 13 (a sequence's digest is that of its tokens and targets)")
-    content.rows.check()
+    check_rows(content.rows)
     return content
 
 
 def expected_tensors(
-    *, sequences: int, tokens: int, positions: int, entries: int, temperatures: int, vocab_size: int
+    *, sequences: int, tokens: int, positions: int, head: int, tail: int, design: RowDesign
 ) -> dict[str, tuple[str, list[int]]]:
     """safetensors dtype and shape of every tensor of a shard with these counts."""
-    size = {"S": sequences, "N": tokens, "P": positions, "E": entries, "B": temperatures}
+    size = {"S": sequences, "N": tokens, "P": positions, "H": head, "M": tail}
+    size |= {"B": len(design.temperatures), "I": id_bytes(design.vocab_size)}
     table = {}
-    for name, (dtype, shape) in TENSORS.items():
-        stored = id_dtype(vocab_size) if dtype == "id" else dtype
+    for name in tensor_names(tail_logits=design.tail_logits, counted=design.draws > 0):
+        dtype, shape = layout.TENSORS[name]
         axes = [size[axis] if axis in size else int(axis) for axis in shape.split(",")]
-        table[name] = (SAFETENSORS_DTYPES[stored], axes)
+        table[name] = (layout.SAFETENSORS_DTYPES[dtype], axes)
     return table
 
 
@@ -150,3 +195,7 @@ def sequence_digests(content: ShardContent) -> NDArray[np.uint8]:
     bounds = content.token_offsets
     joined = b"".join(sequence_digest(content.token_ids[a:b], content.targets[a:b]) for a, b in pairwise(bounds))
     return np.frombuffer(joined, dtype="|u1").reshape(len(content), DIGEST_BYTES)
+
+
+def _counts(stored: NDArray[np.generic] | None) -> NDArray[np.uint8] | None:
+    return None if stored is None else stored.astype(np.uint8, copy=False)

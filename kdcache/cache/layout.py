@@ -30,34 +30,51 @@ JSON_LIMIT: Final = 64 << 20
 VOCABULARY_LIMIT: Final = 64 << 20
 DIGEST_BYTES: Final = 16
 
-# Tensors: name -> (dtype, shape). S sequences, N tokens, P positions, E entries, B temperatures.
-# "id" stands for <u2 when the vocabulary has at most 65,536 tokens, and <u4 otherwise.
+# Tensors: name -> (dtype, shape). S sequences, N tokens, P positions, H head entries, M tail entries, B temperatures,
+# I bytes of an id. Numbers of several bytes lie in planes, the lowest bytes of all of them first: zstd sees more in them.
 TENSORS: Final[dict[str, tuple[str, str]]] = {
     "sequence.length": ("<u4", "S"),
     "sequence.digest": ("|u1", "S,16"),
-    "token.id": ("id", "N"),
+    "token.id": ("|u1", "I,N"),
     "token.target": ("|u1", "N"),
-    "row.head": ("<u2", "P"),
-    "row.tail": ("<u2", "P"),
-    "row.log_partition": ("<f4", "P,B"),
-    "row.label_log_prob": ("<f4", "P"),
-    "entry.id": ("id", "E"),
-    "entry.logit": ("<f2", "E"),
+    "row.head": ("|u1", "2,P"),
+    "row.tail": ("|u1", "2,P"),
+    "row.rest": ("|u1", "2,B,P"),
+    "row.label": ("|u1", "2,P"),
+    "head.id": ("|u1", "I,H"),
+    "head.value": ("|u1", "2,H"),
+    "tail.id": ("|u1", "I,M"),
+    "tail.value": ("|u1", "2,M"),
+    "row.tail_value": ("|u1", "2,P"),
+    "head.count": ("|u1", "H"),
+    "tail.count": ("|u1", "M"),
 }
-SAFETENSORS_DTYPES: Final = {"|u1": "U8", "<u2": "U16", "<u4": "U32", "<f2": "F16", "<f4": "F32"}
+SAFETENSORS_DTYPES: Final = {"|u1": "U8", "<u4": "U32"}
 
 
-def id_dtype(vocab_size: int) -> str:
-    """The little-endian integer type that token ids are stored in, chosen by the vocabulary."""
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+def tensor_names(*, tail_logits: bool, counted: bool) -> list[str]:
+    """The tensors of a shard: values of drawn entries or one for all of a row; counts where draws repeat."""
+    left_out = {"row.tail_value" if tail_logits else "tail.value"}
+    left_out |= set() if counted else {"head.count", "tail.count"}
+    return [name for name in TENSORS if name not in left_out]
+
+
+def id_bytes(vocab_size: int) -> int:
+    """Planes of a token id, chosen by the vocabulary."""
+    return 2 if vocab_size <= 1 << 16 else 3
 
 
 # Values ------------------------------------------------------------------------------------------
 VOCAB_LIMIT: Final = 1 << 24
-# Half precision rounds a logit by at most 2**-11 of its size; a row's kept mass may exceed 1 by the
-# sum of those roundings, which for any real row stays below this.
-MASS_TOLERANCE: Final = 5e-3
-PARTITION_TOLERANCE: Final = 1e-3
-LOGIT_FLOOR: Final = -65504.0
-HALF_ROUNDING: Final = 2.0**-11
+# Logits below the row's largest, in steps: exact entries finer than drawn ones, whose value only moves a weight a little.
+HEAD_STEP: Final = 2.0**-4
+TAIL_STEP: Final = 2.0**-1
+LEVEL_LIMIT: Final = (1 << 16) - 1
+# Mass outside the head as log(rest / head), in steps, around the middle of 16 bits.
+REST_STEP: Final = 2.0**-10
+REST_LIMIT: Final = 32.0
+HIGHEST_TEMPERATURE: Final = 100.0
+# Rows hold up to 2 / floor entries for each temperature.
+MINIMUM_FLOOR: Final = 1e-4
+HALF_LIMIT: Final = 65504.0
 KEPT_MASS_BINS: Final = 1000

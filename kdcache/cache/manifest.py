@@ -10,9 +10,11 @@ import hashlib
 import math
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kdcache.cache import layout
+from kdcache.cache.rows import RowDesign
+from kdcache.cache.selection import SelectionPlan, Strict
 from kdcache.cache.strict_json import canonical_sha256, parse_object, readable
 from kdcache.errors import CorruptCacheError
 
@@ -22,11 +24,7 @@ Text = Annotated[str, Field(max_length=4096)]
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class TeacherIdentity(_Strict):
+class TeacherIdentity(Strict):
     """Which model produced the logits, and in which arithmetic."""
 
     name: Text
@@ -38,7 +36,7 @@ class TeacherIdentity(_Strict):
     batch_tokens: Count
 
 
-class TokenizerIdentity(_Strict):
+class TokenizerIdentity(Strict):
     """The token map; ``fingerprint`` is the SHA-256 of the vocabulary's canonical JSON."""
 
     name: Text
@@ -48,7 +46,7 @@ class TokenizerIdentity(_Strict):
     pad_id: Count
 
 
-class SplitPlan(_Strict):
+class SplitPlan(Strict):
     """One named split: where it came from and what became of its examples."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -65,7 +63,7 @@ class SplitPlan(_Strict):
     fingerprint: Sha256
 
 
-class DataPlan(_Strict):
+class DataPlan(Strict):
     """How text became tokens."""
 
     shape: Text
@@ -78,22 +76,7 @@ class DataPlan(_Strict):
     splits: Annotated[tuple[SplitPlan, ...], Field(min_length=1, max_length=16)]
 
 
-class SelectionPlan(_Strict):
-    """What each position keeps."""
-
-    method: Literal["top_k", "threshold"]
-    k: Annotated[int, Field(ge=1, le=65535)]
-    floor: Annotated[float, Field(ge=0, lt=1)]
-    temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], Field(min_length=1, max_length=16)]
-
-    @model_validator(mode="after")
-    def _ascending(self) -> SelectionPlan:
-        if list(self.temperatures) != sorted(set(self.temperatures)):
-            raise ValueError("temperatures should rise strictly")
-        return self
-
-
-class ShardPlan(_Strict):
+class ShardPlan(Strict):
     """Sequences ``start : start + sequences`` of split number ``split``."""
 
     split: Count
@@ -103,7 +86,7 @@ class ShardPlan(_Strict):
     positions: Annotated[int, Field(ge=1, lt=1 << 32)]
 
 
-class Plan(_Strict):
+class Plan(Strict):
     """Everything that fixes a cache's content, and which sequences go to which shard."""
 
     format: Literal["kdcache"]
@@ -140,6 +123,11 @@ class Plan(_Strict):
         """The bytes of ``plan.json``."""
         return readable(self.model_dump(mode="json"))
 
+    def design(self, split: int) -> RowDesign:
+        """What the rows of a split share. Positions are selected in the first split alone: the others are for scoring."""
+        thinned = split == 0 and self.selection.positions != "all"
+        return self.selection.design(self.tokenizer.vocab_size, thinned=thinned)
+
     def split_index(self, name: str) -> int | None:
         """Number of the split called ``name``, or None."""
         return next((i for i, s in enumerate(self.data.splits) if s.name == name), None)
@@ -149,7 +137,7 @@ class Plan(_Strict):
         return _differences(self.model_dump(mode="json"), other.model_dump(mode="json"))
 
 
-class ShardEntry(_Strict):
+class ShardEntry(Strict):
     """What became of one shard: SHA-256 of its file, its sizes in bytes, its entries."""
 
     sha256: Sha256
@@ -159,17 +147,18 @@ class ShardEntry(_Strict):
     entries: Count
 
 
-class SplitSummary(_Strict):
+class SplitSummary(Strict):
     """Totals of one split. ``teacher_nll`` is the summed negative log-probability of the labels, nats.
 
-    ``kept_mass_mean`` and ``kept_mass_p1`` (first percentile, to 0.001) have one value per declared
-    temperature.
+    ``kept_positions`` counts the rows that are not left empty. ``kept_mass_mean`` and ``kept_mass_p1`` (first percentile,
+    to 0.001) are over these, with one value per declared temperature: the mass of the exactly kept entries.
     """
 
     name: str
     sequences: Count
     tokens: Count
     positions: Count
+    kept_positions: Count
     entries: Count
     teacher_nll: Annotated[float, Field(ge=0)]
     kept_mass_mean: tuple[Annotated[float, Field(ge=0, le=1)], ...]
@@ -181,7 +170,7 @@ class SplitSummary(_Strict):
         return math.exp(min(self.teacher_nll / self.positions, 700.0))
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """The record of a complete cache; written last and rebuildable from the shards."""
 
     format: Literal["kdcache"]

@@ -79,7 +79,7 @@ class Cache:
             )
         content, record = decode_shard(path, data, self.plan, index, limit=entry.raw_bytes)
         stated = (entry.content_sha256, entry.raw_bytes, entry.entries)
-        if stated != (record.content_sha256, frame_size(data), len(content.rows.ids)):
+        if stated != (record.content_sha256, frame_size(data), content.rows.entries):
             raise CorruptCacheError(f"{path} has another content hash, size or entry count than the manifest states")
         self._decoded[index] = content
         while len(self._decoded) > self._keep:
@@ -177,15 +177,15 @@ def decode_shard(
         CorruptCacheError: naming the file and what is wrong with it.
     """
     expected = plan.shards[index]
+    design = plan.design(expected.split)
     try:
         arrays, record = unpack(
             data,
             sequences=expected.sequences,
             tokens=expected.tokens,
             positions=expected.positions,
-            temperatures=len(plan.selection.temperatures),
-            vocab_size=plan.tokenizer.vocab_size,
-            entries_limit=expected.positions * min(plan.selection.k, plan.tokenizer.vocab_size),
+            design=design,
+            entries_limit=expected.positions * plan.selection.entry_limit(design.vocab_size),
             limit=min(limit, layout.SHARD_LIMIT),
         )
         if record.plan_digest != plan.digest:
@@ -194,7 +194,7 @@ def decode_shard(
             )
         if record.index != index:
             raise CorruptCacheError(f"it is shard {record.index}, not {index}")
-        content = decode(arrays, temperatures=plan.selection.temperatures, vocab_size=plan.tokenizer.vocab_size)
+        content = decode(arrays, design=design, values=plan.selection.values)
     except CorruptCacheError as exc:
         raise CorruptCacheError(
             f"{path} is not a good shard: {exc}; kdcache teacher-cache makes it again, or fetch it again"

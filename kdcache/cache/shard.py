@@ -22,6 +22,7 @@ import zstandard
 
 from kdcache.cache import layout
 from kdcache.cache.codec import Arrays, expected_tensors
+from kdcache.cache.rows import RowDesign
 from kdcache.cache.strict_json import parse_object
 from kdcache.errors import CorruptCacheError, StorageError
 
@@ -65,8 +66,7 @@ def unpack(
     sequences: int,
     tokens: int,
     positions: int,
-    temperatures: int,
-    vocab_size: int,
+    design: RowDesign,
     entries_limit: int,
     limit: int = layout.SHARD_LIMIT,
 ) -> tuple[Arrays, ShardRecord]:
@@ -77,18 +77,14 @@ def unpack(
     """
     raw = decompress(data, limit=limit)
     header, record = _header(raw)
-    entry = header.get("entry.id")
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    entries = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
-    if not isinstance(entries, int) or not 0 <= entries <= entries_limit:
-        raise CorruptCacheError(f"the header's entry.id should be one-dimensional with at most {entries_limit} entries")
+    head, tail = (_entries(header, name, entries_limit) for name in ("head.id", "tail.id"))
     expected = expected_tensors(
         sequences=sequences,
         tokens=tokens,
         positions=positions,
-        entries=entries,
-        temperatures=temperatures,
-        vocab_size=vocab_size,
+        head=head,
+        tail=tail,
+        design=design,
     )
     if set(header) != set(expected):
         raise CorruptCacheError(
@@ -205,6 +201,16 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _entries(header: dict[str, object], name: str, limit: int) -> int:
+    """How many entries a tensor of ids claims to hold."""
+    entry = header.get(name)
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    entries = shape[1] if isinstance(shape, list) and len(shape) == 2 else None
+    if type(entries) is not int or not 0 <= entries <= limit:
+        raise CorruptCacheError(f"the header's {name} should be two-dimensional with at most {limit} entries")
+    return entries
 
 
 def _header(raw: bytes) -> tuple[dict[str, object], ShardRecord]:

@@ -86,7 +86,9 @@ def verify(directory: str | Path, *, on_shard: Callable[[int], None] | None = No
 
 def _same_totals(found: SplitSummary, stated: SplitSummary) -> bool:
     """Equal counts, and sums equal up to what another processor's exponentials may differ by."""
-    if (found.name, found.entries, found.positions) != (stated.name, stated.entries, stated.positions):
+    if any(
+        getattr(found, field) != getattr(stated, field) for field in ("name", "entries", "positions", "kept_positions")
+    ):
         return False
     pairs = [(found.teacher_nll, stated.teacher_nll), *zip(found.kept_mass_mean, stated.kept_mass_mean, strict=True)]
     pairs += [(a + 1.0, b + 1.0) for a, b in zip(found.kept_mass_p1, stated.kept_mass_p1, strict=True)]

@@ -46,22 +46,13 @@ class CacheWriter:
         self.plan = plan
         self._digest = plan.digest
         self._committed: dict[int, _Committed] = {}
+        if refuse_occupied(self.directory):
+            refuse_other_plan(self.directory, plan)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            found = {p.name for p in self.directory.iterdir() if not p.name.startswith(layout.TEMPORARY_PREFIX)}
-            ours = layout.PLAN_FILE in found or not found - {layout.SHARD_DIRECTORY}
-            if ours:
-                (self.directory / layout.SHARD_DIRECTORY).mkdir(exist_ok=True)
+            (self.directory / layout.SHARD_DIRECTORY).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the cache directory {self.directory}: {exc.strerror}") from exc
-        if layout.PLAN_FILE in found:
-            self._compare_plan()
-        elif not ours or any((self.directory / layout.SHARD_DIRECTORY).iterdir()):
-            raise CacheError(
-                f"{self.directory} is neither empty nor a cache (it holds {', '.join(sorted(found)[:4])}); "
-                "give the recipe key cache another directory"
-            )
-        else:
+        if not (self.directory / layout.PLAN_FILE).exists():
             write_file(self.directory / layout.PLAN_FILE, plan.to_bytes())
         try:
             read_vocabulary(self.directory, plan)
@@ -100,7 +91,7 @@ class CacheWriter:
             CacheError: the shard is there with other content.
             StorageError: the disk refused; nothing under a final name has changed.
         """
-        data = pack(encode(content), plan_digest=self._digest, index=index)
+        data = pack(encode(content, values=self.plan.selection.values), plan_digest=self._digest, index=index)
         path = shard_path(self.directory, index)
         # What was just packed is read back as a stranger would, so that no shard is ever committed
         # that a reader refuses.
@@ -157,23 +148,54 @@ class CacheWriter:
                 "machine make this cache, or remove the shard and run again"
             )
 
-    def _compare_plan(self) -> None:
-        existing = read_plan(self.directory)
-        if existing == self.plan:
-            return
-        differing = self.plan.differences(existing)
-        shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
-        raise PlanMismatchError(
-            f"{self.directory} was made from another plan. Now asked for, against what is there: {shown}. "
-            "Give the recipe key cache another directory, or put the recipe back"
-        )
-
     def _remember(self, index: int, data: bytes, content: ShardContent, content_sha256: str) -> None:
         entry = ShardEntry(
             sha256=hashlib.sha256(data).hexdigest(),
             content_sha256=content_sha256,
             bytes=len(data),
             raw_bytes=frame_size(data),
-            entries=len(content.rows.ids),
+            entries=content.rows.entries,
         )
         self._committed[index] = _Committed(entry, RowStatistics.of(content.rows))
+
+
+def refuse_other_plan(directory: Path, plan: Plan) -> None:
+    """A directory belongs to one plan.
+
+    Raises:
+        PlanMismatchError: it has another one; every differing field is named.
+    """
+    existing = read_plan(directory)
+    if existing == plan:
+        return
+    differing = plan.differences(existing)
+    shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+    raise PlanMismatchError(
+        f"{directory} was made from another plan. Now asked for, against what is there: {shown}. "
+        "Give the recipe key cache another directory, or put the recipe back"
+    )
+
+
+def refuse_occupied(directory: Path) -> bool:
+    """Whether the directory has a plan already.
+
+    Raises:
+        CacheError: it holds something else.
+        StorageError: it cannot be read.
+    """
+    if not directory.exists():
+        return False
+    try:
+        found = {p.name for p in directory.iterdir() if not p.name.startswith(layout.TEMPORARY_PREFIX)}
+        shards = directory / layout.SHARD_DIRECTORY
+        empty = not found - {layout.SHARD_DIRECTORY} and not (shards.exists() and any(shards.iterdir()))
+    except OSError as exc:
+        raise StorageError(f"cannot read the cache directory {directory}: {exc.strerror}") from exc
+    if layout.PLAN_FILE in found:
+        return True
+    if not empty:
+        raise CacheError(
+            f"{directory} is neither empty nor a cache (it holds {', '.join(sorted(found)[:4])}); "
+            "give the recipe key cache another directory"
+        )
+    return False

@@ -24,7 +24,8 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat
 class Score:
     """Token-summed cross-entropy and KL(teacher || student) at T = 1 over a split, in nats.
 
-    ``kl`` counts the mass outside the cached entries as one bucket, so it is a lower bound of the full KL.
+    ``kl`` is an unbiased estimate of the full KL where the cache holds drawn entries; otherwise the mass outside its
+    entries counts as one bucket, and it is a lower bound.
     """
 
     ce_sum: float

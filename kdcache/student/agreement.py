@@ -30,7 +30,13 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
         pairs += [
             (f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key))
             for key in type(chosen).model_fields
+            if key not in ("floors", "bytes_per_position")
         ]
+        # Floors are given, or found from the bytes: the plan records which.
+        if chosen.floors is not None:
+            pairs.append(("selection.floors", chosen.floors, plan.selection.floors))
+        elif chosen.method.startswith("threshold"):
+            pairs.append(("selection.bytes_per_position", chosen.bytes_per_position, plan.selection.bytes_per_position))
     teacher = recipe.teacher
     if teacher is not None:
         pairs += [

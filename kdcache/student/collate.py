@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdcache.cache.codec import CachedSequence
-from kdcache.cache.layout import HALF_ROUNDING
 from kdcache.cache.rows import SparseRows, concatenate
+from kdcache.errors import CacheError
 from kdcache.student.loss import SparseTeacher
 
 IGNORED = -100
-_SINGLE_ROUNDING = 2.0**-23
+Tail = Literal["auto", "lumped", "renormalised"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ class Collator:
     Args:
         pad_id: token that fills short sequences; masked.
         temperature: the T at which the teacher's log-probabilities are wanted.
+        tail: the mass outside the exact entries. ``auto``: drawn entries where the rows have them, otherwise one bucket;
+            ``lumped``: one bucket with its exact mass; ``renormalised``: ignored.
     """
 
     pad_id: int
     temperature: float
+    tail: Tail = "auto"
 
     def __call__(self, sequences: Sequence[tuple[int, CachedSequence]]) -> dict[str, torch.Tensor]:
         """Batch of ``(index, sequence)`` pairs.
@@ -39,7 +44,8 @@ class Collator:
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` (int64 ``[B, L]``, -100 where nothing is learnt),
             ``teacher_ids`` (int64 ``[P, K]``), ``teacher_log_probs`` (float32 ``[P, K]``),
-            ``teacher_log_tail`` (float32 ``[P]``) and ``sequence_index`` (int64 ``[B]``).
+            ``teacher_log_tail`` (float32 ``[P]``), ``teacher_log_weights`` (float32 ``[P, K]``, where entries are drawn)
+            and ``sequence_index`` (int64 ``[B]``).
         """
         longest = max(len(s.token_ids) for _, s in sequences)
         shape = (len(sequences), longest)
@@ -51,7 +57,8 @@ class Collator:
             ids[i, :length] = s.token_ids
             mask[i, :length] = 1
             labels[i, :length][s.targets] = s.token_ids[s.targets]
-        teacher = sparse_teacher(concatenate([s.rows for _, s in sequences]), self.temperature)
+        teacher = sparse_teacher(concatenate([s.rows for _, s in sequences]), self.temperature, self.tail)
+        drawn = {} if teacher.log_weights_NK is None else {"teacher_log_weights": teacher.log_weights_NK}
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),
@@ -59,32 +66,59 @@ class Collator:
             "teacher_ids": teacher.ids_NK,
             "teacher_log_probs": teacher.log_probs_NK,
             "teacher_log_tail": teacher.log_tail_N,
+            **drawn,
             "sequence_index": torch.tensor([i for i, _ in sequences]),
         }
 
 
-def sparse_teacher(rows: SparseRows, temperature: float) -> SparseTeacher:
-    """Teacher distributions at ``temperature`` as the loss takes them; short rows are filled up.
+def sparse_teacher(rows: SparseRows, temperature: float, tail: Tail = "auto") -> SparseTeacher:
+    """Teacher distributions at ``temperature`` as the loss takes them; short rows are filled up, empty ones stay empty.
 
     Raises:
-        CacheError: the temperature is below every declared one.
+        CacheError: the temperature is below every declared one, or not the one at which rows without tail logits were drawn.
     """
-    counts, starts = rows.head + rows.tail, rows.offsets[:-1]
-    width = int(counts.max())
-    column = np.arange(width)
-    inside = column < counts[:, None]
-    entry = starts[:, None] + np.where(inside, column, 0)
+    design = rows.design
+    sampled = tail == "auto" and design.sampled
+    if sampled and not design.tail_logits and temperature not in design.temperatures:
+        raise CacheError(
+            f"the cache's drawn entries carry no logits and stand for their mass at T = {design.temperatures[0]:g} alone, "
+            f"not at {temperature:g}; use that temperature, loss.tail lumped, or a cache with selection.tail_logits"
+        )
     log_z = rows.log_partition_at(temperature)
-    log_probs = rows.logits.astype(np.float64)[entry] / temperature - log_z[:, None]
-    log_probs[~inside] = -np.inf
-    logits = rows.logits.astype(np.float64)[entry]
-    p = np.exp(log_probs)
-    # The kept logits are rounded: a tail below that rounding is no more than it, and never nothing.
-    rounding = HALF_ROUNDING * (p * -logits).sum(axis=1) / temperature + _SINGLE_ROUNDING
-    log_tail = np.log(np.maximum(1.0 - p.sum(axis=1), rounding))
-    log_tail[rows.head >= rows.vocab_size] = -np.inf
-    return SparseTeacher(
-        ids_NK=torch.from_numpy(rows.ids.astype(np.int64)[entry]),
-        log_probs_NK=torch.from_numpy(log_probs.astype(np.float32)),
-        log_tail_N=torch.from_numpy(log_tail.astype(np.float32)),
+    drawn = rows.tail if sampled else np.zeros_like(rows.tail)
+    width = max(1, int((rows.head + drawn).max())) if len(rows) else 1
+    column = np.arange(width)
+    in_head = column < rows.head[:, None]
+    in_tail = (column < (rows.head + drawn)[:, None]) & ~in_head
+    beta, shift = np.float32(1.0 / temperature), log_z.astype(np.float32)
+    ids = np.zeros(in_head.shape, dtype=np.int64)
+    log_probs = np.full(in_head.shape, -np.inf, dtype=np.float32)
+    ids[in_head] = rows.head_ids
+    log_probs[in_head] = rows.head_logits * beta - np.repeat(shift, rows.head)
+    log_tail = np.full(len(rows), -np.inf, dtype=np.float32)
+    weights = None
+    if sampled:
+        ids[in_tail] = rows.tail_ids
+        log_probs[in_tail] = rows.tail_logits * beta - np.repeat(shift, rows.tail)
+        weights = np.full(in_head.shape, -np.inf, dtype=np.float32)
+        weights[in_head], weights[in_tail] = rows.log_weights_at(temperature, log_z)
+    else:
+        outside = rows.kept & (rows.head < design.vocab_size)
+        log_tail[outside] = _log_outside(rows, temperature, log_z)[outside]
+    teacher = SparseTeacher(
+        ids_NK=torch.from_numpy(ids),
+        log_probs_NK=torch.from_numpy(log_probs),
+        log_tail_N=torch.from_numpy(log_tail),
+        log_weights_NK=None if weights is None else torch.from_numpy(weights),
     )
+    return teacher.renormalised() if tail == "renormalised" else teacher
+
+
+def _log_outside(rows: SparseRows, temperature: float, log_z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 ``[P]``: log of the mass outside the head."""
+    if temperature in rows.design.temperatures:
+        rest = rows.rest[:, rows.design.temperatures.index(temperature)].astype(np.float64)
+        return -np.logaddexp(0.0, -rest)
+    inside = rows.head_log_sum(temperature) - log_z
+    # Interpolation may leave nothing outside.
+    return np.log(np.maximum(-np.expm1(inside), np.finfo(np.float32).tiny))

@@ -21,10 +21,10 @@ from kdcache.errors import RecipeError, StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import attach_lora, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
-from kdcache.recipe import Recipe, StudentSection
+from kdcache.recipe import LossSection, Recipe, StudentSection
 from kdcache.student.agreement import TRAIN, VALIDATION, refuse_low_temperature, refuse_other_cache
 from kdcache.student.arguments import training_arguments
-from kdcache.student.collate import Collator
+from kdcache.student.collate import Collator, Tail
 from kdcache.student.log import CsvLog
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
 from kdcache.student.trainer import DistillationTrainer, ProgressCallback, SplitDataset
@@ -140,6 +140,11 @@ def with_adapter(model: PreTrainedModel, student: StudentSection) -> PreTrainedM
     )
 
 
+def tail_of(loss: LossSection) -> Tail:
+    """What stands for the mass outside: divergences over a bucket take no drawn entries."""
+    return "lumped" if loss.tail == "auto" and loss.divergence in ("reverse_kl", "jsd") else loss.tail
+
+
 def _trainer(
     recipe: Recipe,
     cache: Cache,
@@ -148,11 +153,15 @@ def _trainer(
     run: RunDirectory,
     progress: Progress,
 ) -> DistillationTrainer:
-    loss = recipe.loss
+    loss, summary = recipe.loss, cache.split(TRAIN).summary
+    sampled = cache.plan.design(0).sampled and tail_of(loss) == "auto"
     if loss.temperature in cache.temperatures:
-        mass = cache.split(TRAIN).summary.kept_mass_mean[cache.temperatures.index(loss.temperature)]
-        tell = progress.warning if mass < _LOW_MASS else progress.message
-        tell(f"the kept entries hold {mass:.1%} of the teacher's probability at T = {loss.temperature:g}")
+        mass = summary.kept_mass_mean[cache.temperatures.index(loss.temperature)]
+        tell = progress.warning if mass < _LOW_MASS and not sampled else progress.message
+        tell(
+            f"the exact entries hold {mass:.1%} of the teacher's probability at T = {loss.temperature:g}; the rest is "
+            + {"auto": "drawn" if sampled else "one bucket", "lumped": "one bucket"}.get(tail_of(loss), "ignored")
+        )
     else:
         declared = ", ".join(f"{t:g}" for t in cache.temperatures)
         progress.message(
@@ -168,9 +177,14 @@ def _trainer(
             model=model,
             args=arguments,
             train_dataset=SplitDataset(cache.split(TRAIN)),
-            data_collator=Collator(cache.plan.tokenizer.pad_id, loss.temperature),
+            data_collator=Collator(cache.plan.tokenizer.pad_id, loss.temperature, tail_of(loss)),
             callbacks=[ProgressCallback(progress), CsvLog(run.log)],
-            distillation={**loss.model_dump(), "vocab_size": cache.vocab_size, "order_seed": recipe.seed},
+            distillation={
+                **loss.model_dump(exclude={"tail"}),
+                "vocab_size": cache.vocab_size,
+                "kept_share": summary.kept_positions / summary.positions,
+                "order_seed": recipe.seed,
+            },
         )
     except (ValueError, ImportError, RuntimeError) as exc:
         raise TrainingError(f"transformers cannot set up the training: {' '.join(str(exc).split())[:300]}") from exc

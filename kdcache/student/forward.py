@@ -22,7 +22,6 @@ def loss_sums(
     temperature: float,
     ce_weight: float,
     kd_weight: float,
-    tail: str = "lumped",
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
 ) -> LossSums:
@@ -37,7 +36,6 @@ def loss_sums(
         temperature: T, at which the batch was collated.
         ce_weight: lambda_CE.
         kd_weight: lambda_KD.
-        tail: ``lumped`` or ``renormalised``.
         divergence: as `distillation_loss` takes it.
         beta: of the generalised JSD.
     """
@@ -50,13 +48,15 @@ def loss_sums(
         hook.remove()
     following = batch["labels"][:, 1:]
     counts = following != IGNORED
-    teacher = SparseTeacher(batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
+    teacher = SparseTeacher(
+        batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"], batch.get("teacher_log_weights")
+    )
     head, bias = head_of(base)
     return distillation_loss(
         last[0][:, :-1][counts],
         head,
         following[counts],
-        teacher if tail == "lumped" else teacher.renormalised(),
+        teacher,
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,

@@ -53,9 +53,9 @@ class CachedDistillation:
         ce_weight: float,
         kd_weight: float,
         reduction: str = "mean",
-        tail: str = "lumped",
         divergence: Divergence = "forward_kl",
         beta: float = 0.5,
+        kept_share: float = 1.0,
         order_seed: int = 0,
     ) -> None:
         """Choose the loss.
@@ -67,21 +67,22 @@ class CachedDistillation:
             kd_weight: lambda_KD.
             reduction: ``mean`` per valid token of the whole accumulation window, over all processes, or
                 ``sum`` over tokens averaged over micro-batches.
-            tail: ``lumped`` or ``renormalised``.
             divergence: as `distillation_loss` takes it.
             beta: of the generalised JSD.
+            kept_share: share of the positions that have a teacher row, where the cache selects positions; with ``mean`` the
+                KD term is averaged over these, the cross-entropy over all.
             order_seed: seed of the order of samples.
         """
         self._loss_options: dict[str, Any] = {
             "vocab_size": vocab_size,
             "temperature": temperature,
             "ce_weight": ce_weight,
-            "kd_weight": kd_weight,
-            "tail": tail,
+            "kd_weight": kd_weight / kept_share if reduction == "mean" else kd_weight,
             "divergence": divergence,
             "beta": beta,
         }
         self._reduction = reduction
+        self._kept_share = kept_share
         self._order_seed = order_seed
         # Makes the trainer count targets over the accumulation window and leave our scaling alone.
         self.model_accepts_loss_kwargs = True
@@ -128,7 +129,7 @@ class CachedDistillation:
             self._window.zero_()
             if tokens:
                 name = self._loss_options["divergence"]
-                logs = {**logs, "ce": ce / tokens, LOGGED_AS.get(name, name): divergence / tokens}
+                logs = {**logs, "ce": ce / tokens, LOGGED_AS.get(name, name): divergence / (tokens * self._kept_share)}
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _get_train_sampler(self: Any, train_dataset: Any = None) -> ShardSampler:

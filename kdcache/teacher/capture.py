@@ -9,23 +9,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from kdcache.cache.codec import ShardContent
-from kdcache.cache.manifest import Manifest
-from kdcache.cache.rows import SparseRows
+from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.writer import CacheWriter
-from kdcache.data.tokens import TokenRow
 from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
+from kdcache.teacher.budget import SAMPLE_POSITIONS, adopted_floors, chance_of, find_floors, selection_of, shard_content
 from kdcache.teacher.forward import TeacherForward
 from kdcache.teacher.planning import PlannedCache, plan_cache, teacher_sections
-from kdcache.teacher.select import Selection, select
+from kdcache.teacher.sample import hidden_sample, sample_rows
 
 # Shards that may wait for the writer: more would only hold memory.
 _QUEUED = 2
@@ -33,9 +28,10 @@ _QUEUED = 2
 
 @dataclass(frozen=True)
 class CaptureResult:
-    """A finished cache: where it is, its manifest, and what this run did of it."""
+    """A finished cache: where it is, its plan and manifest, and what this run did of it."""
 
     directory: Path
+    plan: Plan
     manifest: Manifest
     shards_made: int
     positions_made: int
@@ -50,7 +46,7 @@ def capture(recipe: Recipe, progress: Progress | None = None) -> CaptureResult:
     """
     progress = progress or Silent()
     started = time.monotonic()
-    planned = plan_cache(recipe, progress)
+    planned, teacher = settle_floors(recipe, plan_cache(recipe, progress), progress)
     writer = CacheWriter(recipe.cache.directory, planned.plan, planned.tokens.tokens)
     todo, complaints = writer.survey()
     for complaint in complaints:
@@ -60,14 +56,31 @@ def capture(recipe: Recipe, progress: Progress | None = None) -> CaptureResult:
         progress.message(f"{total - len(todo)} of {total} shards are there already")
     positions = sum(planned.plan.shards[i].positions for i in todo)
     if todo:
-        teacher = load_teacher(recipe, planned)
+        teacher = teacher or load_teacher(recipe, planned)
         progress.begin("teacher cache", positions, "positions")
         try:
             _make_shards(recipe, planned, teacher, writer, todo, progress)
         finally:
             progress.end()
     manifest = writer.finalise()
-    return CaptureResult(writer.directory, manifest, len(todo), positions, time.monotonic() - started)
+    return CaptureResult(writer.directory, planned.plan, manifest, len(todo), positions, time.monotonic() - started)
+
+
+def settle_floors(
+    recipe: Recipe, planned: PlannedCache, progress: Progress
+) -> tuple[PlannedCache, TeacherForward | None]:
+    """The plan with its probability floors: given, taken from the run that goes on, or found with the teacher (returned
+    where it had to be loaded)."""
+    if not planned.floors_open:
+        return planned, None
+    adopted = adopted_floors(planned, Path(recipe.cache.directory))
+    if adopted is not None:
+        return adopted, None
+    _, section = teacher_sections(recipe)
+    teacher = load_teacher(recipe, planned)
+    rows = sample_rows(planned, batch_tokens=section.batch_tokens, positions=SAMPLE_POSITIONS)
+    sample = hidden_sample(teacher, rows, batch_tokens=section.batch_tokens)
+    return find_floors(planned, sample, progress=progress), teacher
 
 
 def load_teacher(recipe: Recipe, planned: PlannedCache) -> TeacherForward:
@@ -84,22 +97,6 @@ def load_teacher(recipe: Recipe, planned: PlannedCache) -> TeacherForward:
     return TeacherForward(model, vocab_size=len(planned.tokens), pad_id=planned.plan.tokenizer.pad_id)
 
 
-def select_with(recipe: Recipe) -> Selection:
-    """The recipe's selection as the value `select` takes."""
-    section = recipe.selection
-    return Selection(section.method, section.k, section.floor, section.temperatures)
-
-
-def shard_content(rows: list[TokenRow], sparse: SparseRows) -> ShardContent:
-    """Token rows and their sparse rows, laid end to end."""
-    return ShardContent(
-        lengths=np.array([len(r.ids) for r in rows], dtype=np.int64),
-        token_ids=np.concatenate([r.ids for r in rows]),
-        targets=np.concatenate([r.targets for r in rows]),
-        rows=sparse,
-    )
-
-
 def _make_shards(
     recipe: Recipe,
     planned: PlannedCache,
@@ -109,7 +106,7 @@ def _make_shards(
     progress: Progress,
 ) -> None:
     _, section = teacher_sections(recipe)
-    chosen = partial(select, selection=select_with(recipe))
+    selection = selection_of(planned.plan.selection)
     written: deque[Future[int]] = deque()
 
     def collect(limit: int) -> None:
@@ -124,8 +121,12 @@ def _make_shards(
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer") as pool:
         try:
             for index in todo:
-                rows = planned.shard_rows(index)
-                sparse = teacher(rows, chosen, batch_tokens=section.batch_tokens, on_batch=on_batch)
+                rows, split = planned.shard_rows(index), planned.plan.shards[index].split
+                chosen, numbers, thin = chance_of(planned, selection, split)
+                sparse = teacher(
+                    rows, chosen, batch_tokens=section.batch_tokens, uniforms=numbers, thin=thin, on_batch=on_batch
+                )
+                sparse = replace(sparse, design=planned.plan.design(split))
                 written.append(pool.submit(writer.commit, index, shard_content(rows, sparse)))
                 collect(_QUEUED)
             collect(0)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from kdcache.cache.codec import encode
-from kdcache.cache.shard import compress, pack
+from kdcache.cache.codec import decode, encode
+from kdcache.cache.shard import compress, pack, unpack
 from kdcache.cache.strict_json import canonical
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
-from kdcache.teacher.capture import load_teacher, select_with, shard_content
-from kdcache.teacher.forward import length_buckets
+from kdcache.teacher.budget import chance_of, selection_of, shard_content
+from kdcache.teacher.capture import load_teacher, settle_floors
 from kdcache.teacher.planning import plan_cache, teacher_sections
-from kdcache.teacher.select import select
+from kdcache.teacher.sample import sample_rows
 
+# Copies of a shard's arrays that the forward pass, the queue and the writer hold at the same time.
+_COPIES = 6
 _SAMPLE_POSITIONS = 8192
 
 
@@ -40,43 +42,59 @@ class Estimate:
 def estimate(recipe: Recipe, progress: Progress | None = None) -> Estimate:
     """Run the teacher on an even sample of the plan's sequences and scale up. Writes nothing.
 
+    What the run does once (reading the data, loading the teacher, finding floors) is timed as it is done here.
+
     Raises:
         KdcacheError: as `capture` would.
     """
-    planned = plan_cache(recipe, progress or Silent())
-    _, section = teacher_sections(recipe)
-    rows = [row for split in planned.rows for row in split]
-    positions = sum(r.positions for r in rows)
-    # Whole batches as the run will form them, evenly spread over the lengths: batches of few or short
-    # sequences run at another rate.
-    batches = length_buckets([len(r.ids) for r in rows], section.batch_tokens)
-    stride = max(1, -(-positions // _SAMPLE_POSITIONS))
-    chosen_batches = batches[stride // 2 :: stride] or batches[:1]
-    sample = [rows[i] for batch in chosen_batches for i in batch]
-    teacher = load_teacher(recipe, planned)
-    chosen = partial(select, selection=select_with(recipe))
-    teacher(sample[:1], chosen, batch_tokens=section.batch_tokens)  # first call pays for set-up
+    started = time.monotonic()
+    planned, teacher = settle_floors(recipe, plan_cache(recipe, progress or Silent()), progress or Silent())
+    teacher = teacher or load_teacher(recipe, planned)
+    plan, (_, section) = planned.plan, teacher_sections(recipe)
+    once = time.monotonic() - started
+    rows = sample_rows(planned, batch_tokens=section.batch_tokens, positions=_SAMPLE_POSITIONS)
+    chosen, numbers, thin = chance_of(planned, selection_of(plan.selection), 0)
+    run = partial(teacher, select=chosen, batch_tokens=section.batch_tokens, uniforms=numbers, thin=thin)
+    run(rows[:1])  # first call pays for set-up
     cuda = teacher.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
-    sparse = teacher(sample, chosen, batch_tokens=section.batch_tokens)
+    sparse = replace(run(rows), design=plan.design(0))
     if cuda:
         torch.cuda.synchronize()
     seconds = time.monotonic() - started
-    data = pack(encode(shard_content(sample, sparse)), plan_digest=planned.plan.digest, index=0)
-    scale = positions / len(sparse)
-    token_scale = sum(len(r.ids) for r in rows) / sum(len(r.ids) for r in sample)
+    content = shard_content(rows, sparse)
+    started = time.monotonic()
+    arrays = encode(content, values=plan.selection.values)
+    data = pack(arrays, plan_digest=plan.digest, index=0)
+    unpacked, _ = unpack(
+        data,
+        sequences=len(content),
+        tokens=len(content.token_ids),
+        positions=len(sparse),
+        design=sparse.design,
+        entries_limit=sparse.entries,
+    )
+    decode(unpacked, design=sparse.design, values=plan.selection.values)
+    written = time.monotonic() - started
+    positions = sum(s.positions for s in plan.data.splits)
+    sampled, largest = len(sparse), max(s.positions for s in plan.shards)
+    tokens = sum(s.tokens for s in plan.data.splits) / len(content.token_ids)
+    vocabulary = len(compress(canonical(planned.tokens.tokens)))
     if cuda:
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        # The sample's shard is in the peak already.
+        memory += round(sum(a.nbytes for a in arrays.values()) / sampled * max(0, largest - sampled) * _COPIES)
     return Estimate(
         positions=positions,
-        shards=len(planned.plan.shards),
-        cache_bytes=round(len(data) * scale) + len(compress(canonical(planned.tokens.tokens))),
-        seconds=seconds * token_scale,
+        shards=len(plan.shards),
+        cache_bytes=round(len(data) / sampled * positions) + vocabulary,
+        # A second thread encodes and writes while the model runs; only the last shard is waited for.
+        seconds=once + max(seconds * tokens + written * largest / sampled, written * positions / sampled),
         memory_bytes=memory,
         memory_of="GPU" if cuda else "process",
-        sampled_positions=len(sparse),
+        sampled_positions=sampled,
     )

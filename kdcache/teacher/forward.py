@@ -7,24 +7,28 @@ depends on the shard alone, so a shard comes out the same whoever makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.data.tokens import TokenRow
 from kdcache.errors import ModelError
 from kdcache.head import Head
 from kdcache.models import head_of
+from kdcache.teacher.select import Selected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGIT_BYTES = 256 << 20
 
-Select = Callable[[torch.Tensor, torch.Tensor], SparseRows]
+Uniforms = NDArray[np.float64]
+Select = Callable[[torch.Tensor, torch.Tensor, Uniforms | None], Selected]
+Thin = Callable[[SparseRows, NDArray[np.float32]], SparseRows]
 
 
 def length_buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -61,14 +65,18 @@ class TeacherForward:
         select: Select,
         *,
         batch_tokens: int,
+        uniforms: Callable[[TokenRow], Uniforms] | None = None,
+        thin: Thin | None = None,
         on_batch: Callable[[int], None] = lambda positions: None,
     ) -> SparseRows:
         """Sparse rows of every target of ``rows``, in the order of ``rows``.
 
         Args:
             rows: token rows.
-            select: dense logits and labels -> sparse rows.
+            select: dense logits, labels and uniform numbers -> sparse rows.
             batch_tokens: bound on padded tokens in one forward pass.
+            uniforms: the numbers in [0, 1) that a token row's draws take, one row of them per target; None for no draws.
+            thin: one sequence's rows and the teacher's entropies -> the same rows, some left empty.
             on_batch: called with the positions done after each batch.
 
         Raises:
@@ -78,21 +86,52 @@ class TeacherForward:
         for batch in length_buckets([len(r.ids) for r in rows], batch_tokens):
             members = [rows[i] for i in batch]
             try:
-                done = concatenate(list(self._batch(members, select)))
+                done = self.rows_of(members, *self.hidden(members), select, uniforms=uniforms, thin=thin)
             except torch.OutOfMemoryError as exc:
                 longest = max(len(r.ids) for r in members)
                 raise ModelError(
                     f"the teacher ran out of memory on a batch of {len(batch)} sequences of at most {longest} tokens "
                     f"(first: example {members[0].index}); lower teacher.batch_tokens, now {batch_tokens}"
                 ) from exc
-            start = 0
-            for i, member in zip(batch, members, strict=True):
-                parts[i] = done.slice(start, start + member.positions)
-                start += member.positions
-                self._refuse_non_finite(member, parts[i])
-            on_batch(len(done))
+            parts |= dict(zip(batch, done, strict=True))
+            on_batch(sum(map(len, done)))
         return concatenate([parts[i] for i in range(len(rows))])
 
+    @torch.inference_mode()
+    def rows_of(
+        self,
+        members: Sequence[TokenRow],
+        hidden_PD: torch.Tensor,
+        labels_P: torch.Tensor,
+        select: Select,
+        *,
+        uniforms: Callable[[TokenRow], Uniforms] | None = None,
+        thin: Thin | None = None,
+    ) -> list[SparseRows]:
+        """Sparse rows of each of the token rows whose hidden states and labels these are.
+
+        Raises:
+            ModelError: logits that are not finite; the sequence is named.
+        """
+        drawn = None if uniforms is None else np.concatenate([uniforms(m) for m in members])
+        # Chunks bound the logits; they depend on the batch alone.
+        chunk = max(1, LOGIT_BYTES // (4 * self.head.width))
+        selected = []
+        for start in range(0, len(labels_P), chunk):
+            span = slice(start, start + chunk)
+            logits = self.head.logits(hidden_PD[span])
+            selected.append(select(logits, labels_P[span], None if drawn is None else drawn[span]))
+        done, entropy = concatenate([s.rows for s in selected]), np.concatenate([s.entropy for s in selected])
+        parts, start = [], 0
+        for member in members:
+            span = slice(start, start + member.positions)
+            start = span.stop
+            part = done.slice(span.start, span.stop)
+            self._refuse_non_finite(member, part)
+            parts.append(part if thin is None else thin(part, entropy[span]))
+        return parts
+
+    @torch.inference_mode()
     def hidden(self, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states ``[P, D]`` whose successor is a target, and those successors ``[P]`` (int64)."""
         longest = max(len(r.ids) for r in rows)
@@ -108,16 +147,9 @@ class TeacherForward:
         targets = torch.from_numpy(targets_BL).to(self.device)[:, 1:]
         return output.last_hidden_state[:, :-1][targets], ids[:, 1:][targets]
 
-    def _batch(self, rows: Sequence[TokenRow], select: Select) -> Iterator[SparseRows]:
-        hidden_PD, labels_P = self.hidden(rows)
-        chunk = max(1, LOGIT_BYTES // (4 * self.head.width))
-        for start in range(0, len(labels_P), chunk):
-            stop = start + chunk
-            yield select(self.head.logits(hidden_PD[start:stop]), labels_P[start:stop])
-
     @staticmethod
     def _refuse_non_finite(row: TokenRow, rows: SparseRows) -> None:
-        finite = np.isfinite(rows.log_partition).all(axis=1) & np.isfinite(rows.label_log_prob)
+        finite = np.isfinite(rows.rest).all(axis=1) & np.isfinite(rows.label_log_prob)
         if not finite.all():
             position = int(np.flatnonzero(row.targets)[int(np.argmin(finite))]) - 1
             raise ModelError(

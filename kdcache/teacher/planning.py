@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
@@ -12,12 +12,12 @@ from kdcache.cache.codec import sequence_digest
 from kdcache.cache.manifest import (
     DataPlan,
     Plan,
-    SelectionPlan,
     ShardPlan,
     SplitPlan,
     TeacherIdentity,
     TokenizerIdentity,
 )
+from kdcache.cache.selection import SelectionPlan
 from kdcache.data.examples import load_examples
 from kdcache.data.tokens import TokenRow, TokenRows, template_sha256, tokenise
 from kdcache.errors import DataError, RecipeError
@@ -27,6 +27,9 @@ from kdcache.token_maps import TokenMap, load_tokenizer, token_map
 
 if TYPE_CHECKING:
     from kdcache.recipe import DataSection, Recipe, SourceSection, TeacherSection
+    from kdcache.recipe_selection import SelectionSection
+
+_OPEN = 1.0 - 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,16 @@ class PlannedCache:
     plan: Plan
     rows: tuple[list[TokenRow], ...]
     tokens: TokenMap
+
+    @property
+    def floors_open(self) -> bool:
+        """Whether the floors are still to be found from a byte budget."""
+        return _OPEN in self.plan.selection.floors
+
+    def with_floors(self, floors: tuple[float, ...]) -> PlannedCache:
+        """The same plan with these probability floors."""
+        selection = self.plan.selection.model_copy(update={"floors": floors})
+        return replace(self, plan=self.plan.model_copy(update={"selection": selection}))
 
     def shard_rows(self, index: int) -> list[TokenRow]:
         """Token rows of one shard."""
@@ -129,15 +142,18 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
             max_length=data.max_length,
             splits=tuple(splits),
         ),
-        selection=SelectionPlan(
-            method=recipe.selection.method,
-            k=recipe.selection.k,
-            floor=recipe.selection.floor,
-            temperatures=recipe.selection.temperatures,
-        ),
+        selection=_selection_plan(recipe.selection),
         shards=tuple(shards),
     )
     return PlannedCache(plan, tuple(rows), tokens)
+
+
+def _selection_plan(section: SelectionSection) -> SelectionPlan:
+    threshold = section.method.startswith("threshold")
+    # Until they are found, floors that no probability lies above.
+    floors = (section.floors or (_OPEN,) * len(section.temperatures)) if threshold else ()
+    budget = section.bytes_per_position if threshold and section.floors is None else None
+    return SelectionPlan(**{**section.model_dump(), "floors": floors, "bytes_per_position": budget})
 
 
 def describe(tokenised: TokenRows, max_length: int) -> str:

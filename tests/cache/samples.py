@@ -1,4 +1,4 @@
-"""Small valid content for tests of the format, made from random logits."""
+"""Small valid content for tests of the format, made from random logits by every method."""
 
 import hashlib
 
@@ -6,16 +6,9 @@ import numpy as np
 import torch
 
 from kdcache.cache import layout
-from kdcache.cache.codec import ShardContent, sequence_digest
-from kdcache.cache.manifest import (
-    DataPlan,
-    Plan,
-    SelectionPlan,
-    ShardPlan,
-    SplitPlan,
-    TeacherIdentity,
-    TokenizerIdentity,
-)
+from kdcache.cache.codec import ShardContent, decode, encode, sequence_digest
+from kdcache.cache.manifest import DataPlan, Plan, ShardPlan, SplitPlan, TeacherIdentity, TokenizerIdentity
+from kdcache.cache.selection import SelectionPlan
 from kdcache.cache.strict_json import canonical
 from kdcache.teacher.select import Selection, select
 
@@ -23,13 +16,25 @@ VOCAB = 500
 TOKENS = [f"t{i}" for i in range(VOCAB)]
 
 
-def sample_rows(positions, *, seed=0, k=6):
+DEFAULT = "threshold_sampling"
+# Every way to select; the last stores drawn ids without their logits.
+SELECTIONS = {
+    "top_k": Selection("top_k", (1.0, 2.0), k=6),
+    "threshold": Selection("threshold", (1.0, 2.0), k=6, floors=(0.05, 0.02)),
+    "threshold_sampling": Selection("threshold_sampling", (1.0, 2.0), floors=(0.2, 0.1)),
+    "random_sampling": Selection("random_sampling", (1.0,), draws=8),
+    "ids_alone": Selection("threshold_sampling", (2.0,), floors=(0.1,), tail_logits=False),
+}
+
+
+def sample_rows(positions, *, seed=0, method=DEFAULT):
     logits = torch.randn(positions, VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
     labels = torch.randint(VOCAB, (positions,), generator=torch.Generator().manual_seed(seed + 1))
-    return select(logits, labels, Selection("top_k", k, 0.0, (1.0, 2.0)))
+    uniforms = np.random.default_rng(seed).random((positions, SELECTIONS[method].uniforms))
+    return select(logits, labels, SELECTIONS[method], uniforms).rows
 
 
-def sample_sequences(sequences, *, seed=0):
+def sample_sequences(sequences, *, seed=0, method=DEFAULT):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(3, 12, sequences)
     targets = np.concatenate([np.r_[False, np.ones(n - 1, dtype=bool)] for n in lengths])
@@ -37,12 +42,38 @@ def sample_sequences(sequences, *, seed=0):
         lengths=lengths.astype(np.int64),
         token_ids=generator.integers(0, VOCAB, lengths.sum()).astype(np.uint32),
         targets=targets,
-        rows=sample_rows(int(targets.sum()), seed=seed),
+        rows=sample_rows(int(targets.sum()), seed=seed, method=method),
     )
 
 
-def sample_plan(contents, **changes):
-    """A plan whose two splits hold the given shards: the last is validation, the others train."""
+def stored(content, *, values="quantised"):
+    """The content as a shard keeps it, numbers rounded."""
+    return decode(encode(content, values=values), design=content.rows.design, values=values)
+
+
+def stored_rows(rows, *, values="quantised"):
+    """Rows as a shard keeps them: those of one sequence of nothing but targets."""
+    targets = np.r_[False, np.ones(len(rows), dtype=bool)]
+    ids = np.zeros(len(targets), dtype=np.uint32)
+    return stored(ShardContent(np.array([len(targets)]), ids, targets, rows), values=values).rows
+
+
+def selection_plan(method=DEFAULT, **changes):
+    """The plan's record of one of `SELECTIONS`."""
+    chosen = SELECTIONS[method]
+    record = {
+        "method": chosen.method, "k": chosen.k, "floors": chosen.floors, "draws": chosen.draws,
+        "temperatures": chosen.temperatures, "bytes_per_position": None, "tail_logits": chosen.tail_logits,
+        "values": "quantised", "positions": "all", "quantile": 0.0,
+    }  # fmt: skip
+    return SelectionPlan(**{**record, **changes})
+
+
+def sample_plan(contents, *, selection=None, **changes):
+    """A plan whose two splits hold the given shards: the last is validation, the others train.
+
+    ``changes`` are to the teacher.
+    """
     shards, starts = [], [0, 0]
     for number, content in enumerate(contents):
         split = int(number == len(contents) - 1)
@@ -81,6 +112,6 @@ def sample_plan(contents, **changes):
             shape="text", columns={}, system=None, date="2024-07-26", prompt="plain", template_sha256=None, max_length=16,
             splits=(split_plan(0, "train"), split_plan(1, "validation")),
         ),
-        selection=SelectionPlan(method="top_k", k=6, floor=0.0, temperatures=(1.0, 2.0)),
+        selection=selection or selection_plan(),
         shards=tuple(shards),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """A cache directory being written, resumed, read, verified and refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from kdcache.cache.strict_json import parse_object
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError, PlanMismatchError
-from tests.cache.samples import TOKENS, sample_plan, sample_sequences
+from tests.cache.samples import SELECTIONS, TOKENS, sample_plan, sample_sequences, selection_plan, stored
 
 CONTENTS = [sample_sequences(sequences=n, seed=n) for n in (3, 5, 2)]
 PLAN = sample_plan(CONTENTS)
@@ -36,15 +37,24 @@ def files(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def test_what_is_written_is_read_back(cache):
-    opened = open_cache(cache)
+@pytest.mark.parametrize("values", ["quantised", "half"])
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_what_is_written_is_read_back(tmp_path, method, values):
+    contents = [sample_sequences(sequences=n, seed=n, method=method) for n in (3, 5, 2)]
+    writer = CacheWriter(tmp_path, sample_plan(contents, selection=selection_plan(method, values=values)), TOKENS)
+    for index, content in enumerate(contents):
+        writer.commit(index, content)
+    writer.finalise()
+    assert verify(tmp_path) == []
+    opened = open_cache(tmp_path)
     train = opened.split("train")
     assert (len(train), len(opened.split("validation"))) == (8, 2)
-    expected = [c[i] for c in CONTENTS[:2] for i in range(len(c))]
+    expected = [c[i] for c in (stored(c, values=values) for c in contents[:2]) for i in range(len(c))]
     for found, truth in zip(train, expected, strict=True):
         assert np.array_equal(found.token_ids, truth.token_ids)
-        assert np.array_equal(found.rows.ids, truth.rows.ids)
-        assert np.array_equal(found.rows.logits, truth.rows.logits)
+        assert np.array_equal(found.targets, truth.targets)
+        for field in dataclasses.fields(truth.rows):
+            assert np.array_equal(getattr(found.rows, field.name), getattr(truth.rows, field.name)), field.name
     assert np.array_equal(train[-1].token_ids, expected[-1].token_ids)
     with pytest.raises(IndexError):
         train[8]
@@ -55,12 +65,42 @@ def test_what_is_written_is_read_back(cache):
 
 def test_totals_in_the_manifest_are_those_of_the_rows(cache):
     summary = open_cache(cache).split("train").summary
-    rows = [c.rows for c in CONTENTS[:2]]
-    assert summary.positions == sum(map(len, rows))
+    rows = [stored(c).rows for c in CONTENTS[:2]]
+    assert summary.positions == summary.kept_positions == sum(map(len, rows))
+    assert summary.entries == sum(r.entries for r in rows)
     assert summary.teacher_nll == pytest.approx(-sum(float(r.label_log_prob.astype(np.float64).sum()) for r in rows))
     mass = np.concatenate([r.kept_mass() for r in rows])
     assert summary.kept_mass_mean == pytest.approx(mass.mean(axis=0))
     assert summary.kept_mass_p1 == pytest.approx(np.quantile(mass, 0.01, axis=0), abs=0.03)
+
+
+def test_positions_left_out_are_counted_and_masses_are_of_the_others(tmp_path):
+    thinned = []
+    for number, content in enumerate(CONTENTS):
+        keep = np.arange(len(content.rows)) % 3 != 1 if number < 2 else np.ones(len(content.rows), dtype=bool)
+        rows = content.rows.emptied(keep)
+        design = dataclasses.replace(rows.design, some_empty=number < 2)
+        thinned.append(dataclasses.replace(content, rows=dataclasses.replace(rows, design=design)))
+    selection = selection_plan(positions="loss", quantile=0.5)
+    writer = CacheWriter(tmp_path, sample_plan(thinned, selection=selection), TOKENS)
+    for index, content in enumerate(thinned):
+        writer.commit(index, content)
+    writer.finalise()
+    assert verify(tmp_path) == []
+    train, validation = (open_cache(tmp_path).split(name).summary for name in ("train", "validation"))
+    rows = [stored(c).rows for c in thinned[:2]]
+    assert train.kept_positions == sum(int(r.kept.sum()) for r in rows) < train.positions
+    mass = np.concatenate([r.kept_mass()[r.kept] for r in rows])
+    assert train.kept_mass_mean == pytest.approx(mass.mean(axis=0))
+    assert train.teacher_nll == pytest.approx(-sum(float(r.label_log_prob.astype(np.float64).sum()) for r in rows))
+    assert validation.kept_positions == validation.positions
+
+
+def test_an_empty_row_where_none_was_planned_is_refused(tmp_path):
+    rows = CONTENTS[0].rows.emptied(np.arange(len(CONTENTS[0].rows)) != 1)
+    writer = CacheWriter(tmp_path, PLAN, TOKENS)
+    with pytest.raises(CorruptCacheError, match="invariant 5 "):
+        writer.commit(0, dataclasses.replace(CONTENTS[0], rows=rows))
 
 
 def test_any_order_any_process_and_any_resume_end_in_the_same_bytes(tmp_path, cache):
@@ -204,6 +244,12 @@ def test_hostile_json_is_refused(text):
         lambda v: v.update(format="other"),
         lambda v: v["selection"].update(k="8"),
         lambda v: v["selection"].update(temperatures=[2.0, 1.0]),
+        lambda v: v["selection"].update(floors=[0.1]),
+        lambda v: v["selection"].update(floors=[0.1, 1e-9]),
+        lambda v: v["selection"].update(method="random_sampling", floors=[]),
+        lambda v: v["selection"].update(tail_logits=False),
+        lambda v: v["selection"].update(draws=256),
+        lambda v: v["selection"].update(values="exact"),
         lambda v: v["shards"].pop(),
         lambda v: v["shards"][0].update(start=1),
         lambda v: v["tokenizer"].update(vocab_size=2**63),

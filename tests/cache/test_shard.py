@@ -13,14 +13,22 @@ import zstandard
 from kdcache.cache import layout, shard
 from kdcache.cache.codec import encode
 from kdcache.errors import CacheError, CorruptCacheError, StorageError
-from tests.cache.samples import VOCAB, sample_sequences
+from tests.cache.samples import SELECTIONS, sample_sequences
+
+
+def packed(content):
+    return shard.pack(encode(content, values="quantised"), plan_digest="a" * 64, index=4)
+
+
+def counts(content):
+    return {
+        "sequences": len(content), "tokens": len(content.token_ids), "positions": len(content.rows),
+        "design": content.rows.design, "entries_limit": content.rows.entries,
+    }  # fmt: skip
+
 
 CONTENT = sample_sequences(sequences=3)
-PACKED = shard.pack(encode(CONTENT), plan_digest="a" * 64, index=4)
-COUNTS = {
-    "sequences": 3, "tokens": len(CONTENT.token_ids), "positions": len(CONTENT.rows), "temperatures": 2, "vocab_size": VOCAB,
-    "entries_limit": 6 * len(CONTENT.rows),
-}  # fmt: skip
+PACKED, COUNTS = packed(CONTENT), counts(CONTENT)
 
 
 def frame(raw, **options):
@@ -38,18 +46,44 @@ def with_header(change):
     return frame(struct.pack("<Q", len(encoded)) + encoded + raw[8 + size :])
 
 
-def test_round_trip_and_equal_bytes():
-    arrays, record = shard.unpack(PACKED, **COUNTS)
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_round_trip_and_equal_bytes(method):
+    content = sample_sequences(sequences=3, method=method)
+    arrays, record = shard.unpack(packed(content), **counts(content))
     assert record.index == 4
     assert record.plan_digest == "a" * 64
-    for name, array in encode(CONTENT).items():
+    written = encode(content, values="quantised")
+    assert set(arrays) == set(written)
+    for name, array in written.items():
         assert np.array_equal(arrays[name], array), name
-    assert shard.pack(encode(CONTENT), plan_digest="a" * 64, index=4) == PACKED
+        assert arrays[name].dtype == array.dtype, name
+    assert packed(content) == packed(content)
 
 
-def test_a_plain_safetensors_reader_opens_it():
-    tensors = safetensors.numpy.load(zstandard.ZstdDecompressor().decompress(PACKED))
-    assert set(tensors) == set(layout.TENSORS)
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_a_plain_safetensors_reader_opens_it(method):
+    content = sample_sequences(sequences=3, method=method)
+    tensors = safetensors.numpy.load(zstandard.ZstdDecompressor().decompress(packed(content)))
+    left_out = {"row.tail_value"} if method != "ids_alone" else {"tail.value"}
+    left_out |= {"head.count", "tail.count"} if method != "random_sampling" else set()
+    assert set(tensors) == set(layout.TENSORS) - left_out
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_a_shard_of_another_design_is_refused(method):
+    content = sample_sequences(sequences=3, method=method)
+    for other in set(SELECTIONS) - {method}:
+        design = sample_sequences(sequences=3, method=other).rows.design
+        if (design.draws, design.tail_logits) != (content.rows.design.draws, content.rows.design.tail_logits):
+            with pytest.raises(CorruptCacheError):
+                shard.unpack(packed(content), **{**counts(content), "design": design})
+
+
+def test_more_entries_than_the_plan_allows_are_refused():
+    largest = max(len(CONTENT.rows.head_ids), len(CONTENT.rows.tail_ids))
+    shard.unpack(PACKED, **{**COUNTS, "entries_limit": largest})
+    with pytest.raises(CorruptCacheError, match=f"at most {largest - 1} entries"):
+        shard.unpack(PACKED, **{**COUNTS, "entries_limit": largest - 1})
 
 
 def test_every_truncation_is_refused():
@@ -75,7 +109,11 @@ def add(header):
 
 
 def huge(header):
-    header["entry.id"]["shape"] = [2**63 - 1]
+    header["head.id"]["shape"] = [2, 2**63 - 1]
+
+
+def negative(header):
+    header["tail.id"]["shape"] = [2, -1]
 
 
 def field(header):
@@ -95,7 +133,7 @@ def twice(header):
     return json.dumps(header).replace('"row.head"', '"row.head": 1, "row.head"', 1)
 
 
-@pytest.mark.parametrize("change", [drop, add, huge, field, key, version, twice], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("change", [drop, add, huge, negative, field, key, version, twice], ids=lambda c: c.__name__)
 def test_a_changed_header_is_refused(change):
     with pytest.raises(CorruptCacheError):
         shard.unpack(with_header(change), **COUNTS)

@@ -27,7 +27,9 @@ def test_a_plain_loop_with_the_module_learns(models, shared_cache):
     loss = DistillationLoss(**DISTILLATION, vocab_size=cache.vocab_size)
     following = batch["labels"][:, 1:]
     counts = following != IGNORED
-    teacher = SparseTeacher(batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
+    teacher = SparseTeacher(
+        batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"], batch["teacher_log_weights"]
+    )
     history = []
     for _ in range(12):
         states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state

@@ -16,9 +16,10 @@ from kdcache.student.distill import distill
 from kdcache.student.forward import loss_sums
 from kdcache.student.log import read_log
 from kdcache.student.trainer import DistillationTrainer, SplitDataset
+from kdcache.teacher.capture import capture
 from kdcache.token_maps import load_tokenizer
 
-OPTIONS = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5, "tail": "lumped"}
+OPTIONS = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5}
 
 
 def one_step_gradients(values, shared_cache, tmp_path, batch, accumulation, reduction="mean"):
@@ -117,15 +118,19 @@ def test_quantised_students_train(values, shared_cache, quantization):
     assert record.values["parameters"]["trainable"] < record.values["parameters"]["total"]
 
 
-def test_scores_are_token_sums_and_the_teacher_row_is_the_teacher(models, shared_cache):
-    cache = open_cache(shared_cache)
+# Drawn entries are quantised to 1/2 nat, and their rounding averages out; in half precision hardly anything is rounded.
+@pytest.mark.parametrize(("kept", "kl"), [("quantised", 1e-2), ("half", 1e-4)])
+def test_scores_are_token_sums_and_the_teacher_row_is_the_teacher(models, values, kept, kl):
+    values["selection"]["values"] = kept
+    cache = open_cache(capture(parse_recipe(values)).directory)
     validation = cache.split("validation")
     teacher = load_model(str(models / "teacher"), dtype="float32", device="cpu")
     own = student_score(teacher, validation, batch_size=5)
     stated = teacher_score(validation)
     assert own.tokens == stated.tokens
-    assert own.loss == pytest.approx(stated.loss, rel=1e-5)
-    assert abs(own.kl) < 1e-4
+    # Labels are rounded to half precision, each by up to 2^-11 of itself, up as often as down.
+    assert own.loss == pytest.approx(stated.loss, rel=3 * 2.0**-11 / own.tokens**0.5)
+    assert abs(own.kl) < kl
     naive = 0.0
     for sequence in validation:
         ids = torch.from_numpy(sequence.token_ids.astype("int64"))
@@ -140,13 +145,13 @@ def test_scores_are_token_sums_and_the_teacher_row_is_the_teacher(models, shared
 def test_full_fine_tuning_overfits_and_logs_ce_and_kl(values, shared_cache):
     values["cache"]["directory"] = str(shared_cache)
     values["student"]["lora"] = None
-    values["training"] |= {"epochs": 6, "learning_rate": 3e-3, "batch_size": 8}
+    values["training"] |= {"epochs": 6, "learning_rate": 3e-3, "batch_size": 8, "logging_steps": 1}
     record = distill(parse_recipe(values))
     log = read_log(record.output / "log.csv")
     assert {"step", "loss", "ce", "kl", "learning_rate", "grad_norm"} <= set(log[0])
     assert log[-1]["ce"] < log[0]["ce"]
     for row in log:
-        assert row["loss"] == pytest.approx(0.5 * row["ce"] + 0.5 * 4 * row["kl"], rel=2e-2)
+        assert row["loss"] == pytest.approx(0.5 * row["ce"] + 0.5 * 4 * row["kl"], rel=1e-3)
     assert record.scores["student after"]["loss"] < record.scores["student before"]["loss"]
 
 
@@ -178,9 +183,11 @@ def test_a_wider_head_works_and_other_tokens_are_named(values, shared_cache, mod
 
 def test_a_recipe_that_contradicts_the_cache_is_refused(values, shared_cache):
     values["cache"]["directory"] = str(shared_cache)
-    values["selection"]["k"] = 9
+    values["selection"]["draws"] = 9
     values["teacher"]["quantization"] = "nf4"
-    with pytest.raises(PlanMismatchError, match=r"selection\.k is 9, in the cache 8; teacher\.quantization is 'nf4'"):
+    with pytest.raises(
+        PlanMismatchError, match=r"selection\.draws is 9, in the cache 16; teacher\.quantization is 'nf4'"
+    ):
         distill(parse_recipe(values))
 
 

@@ -1,16 +1,42 @@
 """Selection against dense float64 arithmetic, on ordinary and adversarial rows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kdcache.cache.invariants import check_rows
+from kdcache.teacher import masses
+from kdcache.teacher import select as module
 from kdcache.teacher.forward import length_buckets
 from kdcache.teacher.select import Selection, select, top_k
 from tests.reference import log_softmax
 
 T12 = (1.0, 2.0)
+METHODS = {
+    "top_k": Selection("top_k", T12, k=9, entropy=True),
+    "threshold": Selection("threshold", T12, k=9, floors=(0.05, 0.02)),
+    "threshold_sampling": Selection("threshold_sampling", T12, floors=(0.05, 0.02)),
+    "random_sampling": Selection("random_sampling", (2.0,), draws=12),
+    "ids_alone": Selection("threshold_sampling", (1.0,), floors=(0.05,), tail_logits=False),
+}
+
+
+def run(logits, selection, seed=0):
+    """Rows of dense logits, the largest of each row as its label."""
+    uniforms = np.random.default_rng(seed).random((len(logits), selection.uniforms))
+    return select(logits, logits.argmax(dim=1), selection, uniforms).rows
+
+
+def randn(rows, width, *, seed=0, scale=3.0):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def probabilities(logits, temperature):
+    return np.exp(log_softmax(logits.numpy(), temperature))
 
 
 def rank(logits):
@@ -32,54 +58,257 @@ def test_top_k_is_exact_and_breaks_ties_by_lowest_id(seed, width, levels, data):
         assert values[row].tolist() == logits[row, expected].tolist()
 
 
-def test_rows_hold_exact_partitions_and_labels():
+def test_rows_hold_exact_masses_and_labels():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 300, generator=g) * 4
     labels = torch.randint(300, (20,), generator=g)
-    rows = select(logits, labels, Selection("top_k", 16, 0.0, T12))
-    rows.check()
+    rows = select(logits, labels, Selection("top_k", T12, k=16)).rows
+    check_rows(rows)
     relative = logits.double().numpy() - logits.double().numpy().max(axis=1, keepdims=True)
-    for column, t in enumerate(T12):
+    for t in T12:
         exact = np.log(np.exp(relative / t).sum(axis=1))
-        assert np.allclose(rows.log_partition[:, column], exact, rtol=1e-6, atol=1e-6)
+        assert np.allclose(rows.log_partition_at(t), exact, rtol=1e-6, atol=1e-5)
     assert np.allclose(rows.label_log_prob, log_softmax(logits.numpy())[np.arange(20), labels], atol=1e-5)
-    kept = rows.logits.reshape(20, 16).astype(np.float64)
-    exact_kept = np.sort(relative, axis=1)[:, ::-1][:, :16]
-    assert np.abs(kept - exact_kept).max() <= np.abs(exact_kept).max() * 2.0**-11
-    mass = np.sort(np.exp(log_softmax(logits.numpy())), axis=1)[:, ::-1][:, :16].sum(axis=1)
-    assert np.allclose(rows.kept_mass()[:, 0], mass, atol=1e-3)
+    ids = rows.head_ids.reshape(20, 16).astype(np.int64)
+    # Ids rise, and are those of the largest.
+    assert np.array_equal(ids, np.sort(np.argsort(-relative, axis=1, kind="stable")[:, :16], axis=1))
+    assert np.allclose(rows.head_logits.reshape(20, 16), np.take_along_axis(relative, ids, axis=1), atol=1e-5)
+    for column, t in enumerate(T12):
+        mass = np.take_along_axis(probabilities(logits, t), ids, axis=1).sum(axis=1)
+        assert np.allclose(rows.kept_mass()[:, column], mass, atol=1e-6)
+
+
+def test_a_small_rest_does_not_drown_in_a_difference():
+    logits = randn(20, 500, scale=1.0)
+    logits[:, :4] += 25
+    rows = run(logits, Selection("top_k", T12, k=4))
+    outside = np.sort(probabilities(logits, 1.0), axis=1)[:, :-4].sum(axis=1)
+    assert outside.max() < 1e-7
+    assert np.allclose(1 / (1 + np.exp(-rows.rest[:, 0].astype(np.float64))), outside, rtol=1e-4, atol=0)
 
 
 def test_threshold_keeps_what_reaches_the_floor_at_any_temperature_up_to_the_cap():
-    logits = torch.randn(30, 200, generator=torch.Generator().manual_seed(1)) * 3
-    labels = torch.zeros(30, dtype=torch.int64)
-    rows = select(logits, labels, Selection("threshold", 20, 0.01, T12))
-    rows.check()
+    logits = randn(30, 200, seed=1)
+    rows = run(logits, Selection("threshold", T12, k=14, floors=(0.015, 0.015)))
+    check_rows(rows)
     for row in range(30):
-        p = np.maximum(*(np.exp(log_softmax(logits[row].numpy(), t)) for t in T12))
-        assert rows.head[row] == min(20, max(1, int((p >= 0.01).sum())))
+        reach = np.maximum(*(probabilities(logits[row], t) / f for t, f in ((1.0, 0.015), (2.0, 0.015))))
+        best = rank(logits[row].tolist())
+        expected = sorted(v for v in best[:14] if reach[v] >= 1 or v == best[0])
+        assert rows.slice(row, row + 1).head_ids.tolist() == expected
+    assert len(set(rows.head.tolist())) > 1
+    assert rows.head.max() == 14
 
 
-@pytest.mark.parametrize("name", ["equal", "one_hot", "masked", "huge"])
-def test_adversarial_rows(name):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["equal", "one_hot", "masked", "huge", "one_id"])
+def test_adversarial_rows(name, method):
     logits = {
         "equal": torch.zeros(1, 50),
         "one_hot": torch.full((1, 50), -1e4).index_fill_(1, torch.tensor([7]), 0.0),
         "masked": torch.full((1, 50), -torch.inf).index_fill_(1, torch.tensor([3, 4]), 1.0),
         "huge": torch.linspace(-1, 1, 50)[None] * 1.5e38,
+        "one_id": torch.full((1, 1), 2.0),
     }[name]
-    best = int(logits.argmax())
-    rows = select(logits, torch.tensor([best]), Selection("top_k", 10, 0.0, T12))
-    rows.check()
-    assert rows.ids[0] == best
-    assert rows.head[0] == {"masked": 2}.get(name, 10)
+    rows = run(logits, METHODS[method])
+    check_rows(rows)
+    assert logits[0, rows.head_ids.astype(np.int64)].max() == logits.max()
+    assert torch.isfinite(logits[0, np.concatenate([rows.head_ids, rows.tail_ids]).astype(np.int64)]).all()
+    if method == "top_k":
+        assert rows.head[0] == {"masked": 2, "one_id": 1}.get(name, 9)
 
 
 def test_k_as_large_as_the_vocabulary_keeps_everything():
-    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
-    rows = select(logits, torch.tensor([0, 1, 2]), Selection("top_k", 12, 0.0, (1.0,)))
-    rows.check()
-    assert np.allclose(rows.kept_mass(), 1.0, atol=1e-3)
+    rows = run(randn(3, 12, seed=2), Selection("top_k", (1.0,), k=12))
+    check_rows(rows)
+    assert np.allclose(rows.kept_mass(), 1.0, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.one_of(st.integers(2, 150), st.sampled_from([128, 129, 256, 1000])),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 6.0]),
+    floors=st.tuples(st.floats(0.002, 0.5), st.floats(0.002, 0.5)),
+    masked=st.booleans(),
+)
+def test_threshold_sampling_keeps_what_reaches_a_floor_and_draws_the_rest_by_size(seed, width, scale, floors, masked):
+    logits = randn(5, width, seed=seed, scale=scale)
+    if masked:
+        logits[:, 1::2] = -torch.inf
+    rows = run(logits, Selection("threshold_sampling", T12, floors=floors), seed)
+    check_rows(rows)  # no id twice, ids rise
+    p = [probabilities(logits, t) for t in T12]
+    reach = np.maximum(*(q / f for q, f in zip(p, floors, strict=True)))
+    for row in range(5):
+        own = rows.slice(row, row + 1)
+        # What is within 2^-10 of the floor is taken for reaching it; no statement where rounding decides.
+        border = 1 - 2.0**-10
+        surely = set(np.flatnonzero(reach[row] > border + 1e-4)) | {int(logits[row].argmax())}
+        maybe = surely | set(np.flatnonzero(reach[row] > border - 1e-4))
+        assert surely <= set(own.head_ids.tolist()) <= maybe
+        left = reach[row].copy()
+        left[own.head_ids] = 0.0
+        assert np.floor(left.sum() - 1e-3) <= own.tail[0] <= np.ceil(left.sum() + 1e-3)
+        assert (left[own.tail_ids] > 0).all()
+        inside = [q[row, own.head_ids].sum() for q in p]
+        assert np.allclose(own.kept_mass()[0], inside, atol=1e-5)
+
+
+# Every point of a fine grid in [0, 1) once: systematic draws have their exact expectation on it, but for one point.
+GRID = 4096
+
+
+def mean_weights(rows, temperature, width):
+    """What each id stands for on average over the rows, with the partition taken out."""
+    log_z = rows.log_partition_at(temperature)
+    total = np.zeros(width)
+    for ids, counts, log_weights in zip(
+        (rows.head_ids, rows.tail_ids), (rows.head, rows.tail), rows.log_weights_at(temperature, log_z), strict=True
+    ):
+        np.add.at(total, ids, np.exp(log_weights + np.repeat(log_z, counts)))
+    return total / len(rows)
+
+
+# A row of many blocks of the vocabulary, most of which hold nothing that comes near a floor, and one of a single block.
+@pytest.mark.parametrize("width", [60, 1500])
+@pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), T12, (0.7, 1.0, 3.0)])
+def test_threshold_sampling_is_unbiased_for_every_entry_at_every_temperature(temperatures, width):
+    floors = (0.04, 0.03, 0.05)[: len(temperatures)]
+    row = randn(1, width, seed=width)
+    row[0, 60:] -= 4
+    row[0, 5] = -torch.inf
+    row[0, 300:340] = -torch.inf
+    uniforms = (np.arange(GRID)[:, None] + 0.5) / GRID
+    selection = Selection("threshold_sampling", temperatures, floors=floors)
+    rows = select(row.repeat(GRID, 1), torch.zeros(GRID, dtype=torch.int64), selection, uniforms).rows
+    assert rows.tail.min() > 0
+    assert rows.tail.max() - rows.tail.min() <= 1
+    relative = row[0].double().numpy() - float(row.max())
+    reach = np.max([probabilities(row, t)[0] / f for t, f in zip(temperatures, floors, strict=True)], axis=0)
+    for t in (*temperatures, temperatures[0] * 1.3, 5.0):
+        truth = np.exp(relative / t)
+        # One grid point more or less that falls on an entry, and rounding.
+        bound = 1.01 * truth / np.maximum(reach, 1e-30) / GRID + 1e-4 * truth
+        assert (np.abs(mean_weights(rows, t, width) - truth) <= bound).all(), t
+    if len(temperatures) == 1:
+        _, tail = rows.log_weights_at(temperatures[0], rows.log_partition_at(temperatures[0]))
+        assert np.allclose(tail, np.log(floors[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_random_sampling_draws_by_probability(temperature):
+    width, draws = 60, 8
+    row = randn(1, width, seed=3)
+    row[0, :3] = -torch.inf
+    points = (np.arange(GRID * draws) + 0.5) / (GRID * draws)
+    uniforms = np.random.default_rng(0).permutation(points).reshape(GRID, draws)
+    selection = Selection("random_sampling", (temperature,), draws=draws)
+    rows = select(row.repeat(GRID, 1), torch.full((GRID,), 9), selection, uniforms).rows
+    check_rows(rows)  # counts add up to the draws
+    drawn = np.zeros(width)
+    np.add.at(drawn, rows.head_ids, rows.head_counts)
+    np.add.at(drawn, rows.tail_ids, rows.tail_counts)
+    p = probabilities(row, temperature)[0]
+    assert drawn.sum() == GRID * draws
+    # Each strip of [0, 1) holds one point.
+    assert np.abs(drawn - p * GRID * draws).max() <= 1.1
+    assert (rows.head_ids == int(row.argmax())).all()
+    relative = row[0].double().numpy() - float(row.max())
+    for t in (temperature, temperature * 1.5):
+        truth = np.exp(relative / t)
+        bound = 1.1 * truth / np.maximum(p, 1e-30) / (GRID * draws) + 1e-4 * truth
+        assert (np.abs(mean_weights(rows, t, width) - truth) <= bound).all(), t
+
+
+def test_drawn_ids_alone_share_the_mean_of_their_logits():
+    logits = randn(20, 100, seed=4)
+    own = run(logits, Selection("threshold_sampling", (1.0,), floors=(0.05,)))
+    alone = run(logits, METHODS["ids_alone"])
+    assert np.array_equal(own.tail_ids, alone.tail_ids)
+    for row in range(20):
+        kept, shared = own.slice(row, row + 1), alone.slice(row, row + 1)
+        if kept.tail[0]:
+            assert np.allclose(shared.tail_logits, kept.tail_logits.mean(), rtol=1e-6)
+    weights = alone.log_weights_at(1.0, alone.log_partition_at(1.0))[1]
+    assert np.allclose(weights, np.log(0.05), atol=1e-5)
+
+
+def test_entropy_is_the_teachers_and_only_where_asked_for():
+    logits = randn(20, 100, seed=5)
+    logits[:, 7] = -torch.inf
+    logits[3] = torch.full((100,), -torch.inf).index_fill_(0, torch.tensor([2]), 0.0)
+    labels = torch.full((20,), 2)
+    for temperatures in ((1.0, 2.0), (2.0,)):
+        found = select(logits, labels, Selection("top_k", temperatures, entropy=True)).entropy
+        log_p = log_softmax(logits.numpy())
+        p = np.exp(log_p)
+        exact = -np.sum(np.where(p > 0, p * np.where(p > 0, log_p, 0.0), 0.0), axis=1)
+        assert np.allclose(found, exact, atol=1e-5)
+    assert not select(logits, labels, Selection("top_k", (1.0,))).entropy.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_rows_are_as_one_block(method, monkeypatch):
+    logits = randn(23, 301, seed=6)
+    whole = run(logits, METHODS[method])
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 301 * 5)
+    parts = run(logits, METHODS[method])
+    for field in dataclasses.fields(whole):
+        assert np.array_equal(getattr(whole, field.name), getattr(parts, field.name)), field.name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([0.0, 1.0, 3.0, 5.0]),
+    temperatures=st.sampled_from([(1.0,), T12, (0.5, 1.0), (1.0, 3.0)]),
+    floors=st.tuples(st.floats(0.001, 0.5), st.floats(0.001, 0.5)),
+)
+@example(seed=0, scale=1.0, temperatures=T12, floors=(0.4, 0.002))
+def test_blocks_of_the_vocabulary_that_are_passed_over_hold_nothing_that_counts(seed, scale, temperatures, floors):
+    logits = randn(6, 1500, seed=seed, scale=scale)
+    logits[3:, 200:] -= 8
+    selection = Selection("threshold_sampling", temperatures, floors=floors[: len(temperatures)])
+    found = []
+    for most in (-1.0, 2.0):  # look at every block, or never at more than is needed
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(masses, "_MOST", most)
+            found.append(run(logits, selection, seed))
+    for name in ("head", "head_ids", "head_logits", "rest"):
+        assert np.array_equal(getattr(found[0], name), getattr(found[1], name)), name
+    # Sums in another order may move a draw to a neighbour, and no more than a few.
+    assert np.abs(found[0].tail - found[1].tail).max() <= 1
+    same = np.isin(*(np.repeat(np.arange(6), r.tail) * 1500 + r.tail_ids for r in found))
+    assert same.sum() >= len(same) - max(2, len(same) // 50)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_no_distribution_has_a_rest_that_is_not_finite(method, bad):
+    logits = randn(3, 50, seed=7)
+    clean = run(logits, METHODS[method])
+    logits[1, 11] = bad
+    rows = run(logits, METHODS[method])
+    assert np.isfinite(rows.rest).all(axis=1).tolist() == [True, False, True]
+    for row in (0, 2):
+        assert np.array_equal(rows.slice(row, row + 1).head_ids, clean.slice(row, row + 1).head_ids)
+        assert np.array_equal(rows.slice(row, row + 1).tail_ids, clean.slice(row, row + 1).tail_ids)
+
+
+@pytest.mark.parametrize("method", ["threshold_sampling", "random_sampling"])
+def test_draws_without_their_numbers_are_refused(method):
+    with pytest.raises(ValueError, match=f"{method} needs"):
+        select(randn(2, 9), torch.zeros(2, dtype=torch.int64), METHODS[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_rows_are_no_rows(method):
+    selection = METHODS[method]
+    uniforms = np.zeros((0, selection.uniforms))
+    rows = select(torch.zeros(0, 20), torch.zeros(0, dtype=torch.int64), selection, uniforms).rows
+    check_rows(rows)
+    assert len(rows) == rows.entries == 0
 
 
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=50), st.integers(16, 400))

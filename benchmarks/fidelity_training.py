@@ -1,0 +1,323 @@
+"""Students trained on selections at equal bytes, on dense logits held on disk; `fidelity.py` runs it and shows the tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.cache.codec import CachedSequence, decode, encode
+from kdcache.cache.numbers import Values
+from kdcache.cache.rows import SparseRows, concatenate
+from kdcache.cache.shard import pack
+from kdcache.data.tokens import TokenRow
+from kdcache.models import attach_lora, head_of, load_model
+from kdcache.progress import Silent
+from kdcache.recipe import parse_recipe
+from kdcache.student.collate import IGNORED, Collator
+from kdcache.student.forward import loss_sums
+from kdcache.teacher.budget import shard_content
+from kdcache.teacher.capture import load_teacher
+from kdcache.teacher.draws import uniforms
+from kdcache.teacher.planning import plan_cache
+from kdcache.teacher.select import Selection, select
+
+BUDGETS = (24, 42, 64, 96, 192, 384)
+TEMPERATURES = (1.0, 2.0)
+SPLITS = ("train", "validation")
+DIGEST = "00" * 32
+SHARD_SEQUENCES = 400
+BATCH, EPOCHS, LEARNING_RATE, CLIP = 16, 1, 2e-3, 0.5
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One split: token rows, and the teacher's logits below the largest, float16 ``[positions, V]`` on disk."""
+
+    rows: list[TokenRow]
+    logits: np.ndarray[Any, np.dtype[np.float16]]
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """float32 logits of some positions."""
+        return torch.from_numpy(self.logits[start:stop].astype(np.float32))
+
+    def every(self, step: int) -> Dense:
+        """Every so manieth sequence."""
+        starts, rows = self.starts, self.rows[::step]
+        parts = [self.logits[starts[r.index] : starts[r.index + 1]] for r in rows]
+        return Dense([replace(r, index=i) for i, r in enumerate(rows)], np.concatenate(parts))
+
+    @cached_property
+    def starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """First position of each sequence."""
+        return np.concatenate(([0], np.cumsum([r.positions for r in self.rows])))
+
+
+def write_dense(args: argparse.Namespace) -> None:
+    """Run the teacher once over both splits."""
+    recipe = parse_recipe({
+        "output": "none",
+        "cache": {"directory": "none"},
+        "data": {
+            "train": {"path": args.data, "split": "train[:2600]"},
+            "validation": {"path": args.data, "split": "train[2600:3120]"},
+            "max_length": 160,
+        },
+        "teacher": {"model": args.teacher, "quantization": "none"},
+        "selection": {"method": "top_k", "k": 1},
+    })  # fmt: skip
+    planned = plan_cache(recipe, Silent())
+    teacher = load_teacher(recipe, planned)
+    for name, rows in zip(SPLITS, planned.rows, strict=True):
+        path = args.output / f"{name}.npy"
+        count = sum(r.positions for r in rows)
+        out = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.float16, (count, len(planned.tokens)))
+        place = 0
+        for start in range(0, len(rows), BATCH):
+            hidden, _ = teacher.hidden(rows[start : start + BATCH])
+            with torch.inference_mode():
+                logits = teacher.head.logits(hidden)
+                logits -= logits.amax(dim=1, keepdim=True)
+            out[place : place + len(logits)] = logits.half().numpy()
+            place += len(logits)
+        out.flush()
+        np.savez(
+            args.output / f"{name}.npz",
+            lengths=[len(r.ids) for r in rows],
+            ids=np.concatenate([r.ids for r in rows]),
+            targets=np.concatenate([r.targets for r in rows]),
+        )
+        path.with_suffix(".part").rename(path)
+
+
+def read_dense(folder: Path, name: str) -> Dense:
+    """One split as `write_dense` left it."""
+    tokens = np.load(folder / f"{name}.npz")
+    bounds = np.concatenate(([0], np.cumsum(tokens["lengths"])))
+    rows = [
+        TokenRow(i, tokens["ids"][a:b].astype(np.uint32), tokens["targets"][a:b])
+        for i, (a, b) in enumerate(pairwise(bounds))
+    ]
+    return Dense(rows, np.load(folder / f"{name}.npy", mmap_mode="r"))
+
+
+# Selections ------------------------------------------------------------------------------------------------------------
+
+
+# A size to tune -> a selection; thresholds are found from the size.
+SETTINGS: dict[str, Callable[[float, float], Selection]] = {
+    "sampling": lambda t, n: Selection("threshold_sampling", TEMPERATURES, floors=(n, n)),
+    "sampling, one T": lambda t, n: Selection("threshold_sampling", (t,), floors=(n,), tail_logits=False),
+    "threshold": lambda t, n: Selection("threshold", TEMPERATURES, k=4096, floors=(n, n)),
+    "top-k": lambda t, n: Selection("top_k", TEMPERATURES, k=max(1, int(n))),
+    "RS-KD": lambda t, n: Selection("random_sampling", (t,), draws=max(1, int(n)), tail_logits=False),
+}
+
+
+def read_back(data: Dense, selection: Selection, values: Values = "quantised") -> tuple[list[SparseRows], float]:
+    """Rows of every sequence as they come back from a cache, and bytes per position on disk."""
+    starts, parts, size = data.starts, [], 0
+    for first in range(0, len(data.rows), SHARD_SEQUENCES):
+        members = data.rows[first : first + SHARD_SEQUENCES]
+        done = []
+        for i, row in enumerate(members, start=first):
+            labels = torch.from_numpy(row.ids[row.targets].astype(np.int64))
+            numbers = uniforms(DIGEST, row, selection.uniforms) if selection.uniforms else None
+            done.append(select(data.part(int(starts[i]), int(starts[i + 1])), labels, selection, numbers).rows)
+        content = shard_content(members, concatenate(done))
+        arrays = encode(content, values=values)
+        size += len(pack(arrays, plan_digest=DIGEST, index=0))
+        back = decode(arrays, design=content.rows.design, values=values)
+        parts += [back[i].rows for i in range(len(members))]
+    return parts, size / int(starts[-1])
+
+
+def floors_for(logits: torch.Tensor, temperatures: tuple[float, ...], n: float, drawn: bool) -> tuple[float, ...]:
+    """The floor at which each temperature alone keeps n entries on average, by bisection."""
+    found = []
+    for t in temperatures:
+        p = torch.softmax(logits / t, dim=1)
+        low, high = 1e-4, 0.99
+        for _ in range(30):
+            middle = math.sqrt(low * high)
+            kept = (p / middle).clamp(max=1) if drawn else (p >= middle).float()
+            low, high = (middle, high) if float(kept.sum(dim=1).mean()) > n else (low, middle)
+        found.append(float(f"{low:.3g}"))
+    return tuple(found)
+
+
+def tuned(kind: str, temperature: float, budget: float, data: Dense) -> Selection:
+    """The selection of a kind that comes to the budget on ``data``."""
+    make, low, high = SETTINGS[kind], 1.0, 255.0 if kind == "RS-KD" else 400.0
+    dense = data.part(0, int(data.starts[-1]))
+
+    def of(n: float) -> Selection:
+        chosen = make(temperature, n)
+        if not chosen.floors:
+            return chosen
+        return replace(chosen, floors=floors_for(dense[::4], chosen.temperatures, n, chosen.uniforms > 0))
+
+    for _ in range(9):
+        n = math.sqrt(low * high)
+        low, high = (n, high) if read_back(data, of(n))[1] < budget else (low, n)
+    return of(low)
+
+
+# Training --------------------------------------------------------------------------------------------------------------
+
+
+def dense_loss(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor, t: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and full KL(teacher_T || student_T), summed over positions; differentiable."""
+    x = hidden @ head.T
+    log_p, log_q = torch.log_softmax(logits / t, dim=1), torch.log_softmax(x / t, dim=1)
+    return torch.nn.functional.cross_entropy(x, labels, reduction="sum"), (log_p.exp() * (log_p - log_q)).sum()
+
+
+def batches(count: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Sequences in an order of their own each epoch."""
+    order = np.random.default_rng((seed, epoch)).permutation(count).tolist()
+    return (order[i : i + BATCH] for i in range(0, count, BATCH))
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """One student: AdamW, linear decay; scored on the validation split in full."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(spec["seed"])
+    folder, t = Path(spec["folder"]), float(spec["temperature"])
+    data, held_out = (read_dense(folder, name) for name in SPLITS)
+    starts, size, rows = data.starts, 0.0, None
+    kind, ce_weight = spec["kind"], spec["ce_weight"]
+    if kind not in ("full", "CE alone"):
+        selection = (
+            Selection("top_k", TEMPERATURES, k=spec["k"])
+            if "k" in spec
+            else tuned(kind, t, spec["budget"], data.every(37))
+        )
+        rows, size = read_back(data, selection)
+    model = load_model(spec["student"], quantization="none", dtype="float32", device="cpu")
+    if spec["lora"]:
+        model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=False)
+    else:
+        model.requires_grad_(True)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    steps = EPOCHS * math.ceil(len(data.rows) / BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    collate = Collator(0, t, "renormalised" if "renormalised" in kind else "auto")
+    empty = _no_rows(data.logits.shape[1])
+
+    def batch(split: Dense, chosen: list[int], with_rows: bool) -> dict[str, torch.Tensor]:
+        def sequence(i: int) -> CachedSequence:
+            row = split.rows[i]
+            sparse = rows[i] if with_rows and rows is not None else empty.slice(0, 0)
+            return CachedSequence(row.ids, row.targets, sparse)
+
+        return collate([(i, sequence(i)) for i in chosen])
+
+    def dense_sums(split: Dense, chosen: list[int], at: float) -> tuple[torch.Tensor, torch.Tensor, int]:
+        inputs = batch(split, chosen, False)
+        last: list[torch.Tensor] = []
+        hook = model.get_decoder().register_forward_hook(lambda m, a, out: last.append(out.last_hidden_state))
+        try:
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=1)
+        finally:
+            hook.remove()
+        following = inputs["labels"][:, 1:]
+        hidden, labels = last[0][:, :-1][following != IGNORED], following[following != IGNORED]
+        offsets = split.starts
+        logits = torch.from_numpy(
+            np.concatenate([split.logits[offsets[i] : offsets[i + 1]] for i in chosen]).astype(np.float32)
+        )
+        ce, kl = dense_loss(hidden, head_of(model)[0], labels, logits, at)
+        return ce, kl, len(labels)
+
+    model.train()
+    for epoch in range(EPOCHS):
+        for chosen in batches(len(data.rows), spec["seed"], epoch):
+            if rows is None:
+                ce, kl, count = dense_sums(data, chosen, t)
+                loss = ce_weight * ce + ((1 - ce_weight) * t * t * kl if ce_weight < 1 else 0.0)
+            else:
+                sums = loss_sums(
+                    model, model, batch(data, chosen, True), vocab_size=data.logits.shape[1], temperature=t,
+                    ce_weight=ce_weight, kd_weight=1 - ce_weight,
+                )  # fmt: skip
+                loss, count = sums.total, len(sums.ce_N)
+            (loss / count).backward()
+            torch.nn.utils.clip_grad_norm_(weights, CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    model.eval()
+    totals = np.zeros(4)
+    with torch.no_grad():
+        for first in range(0, len(held_out.rows), BATCH):
+            chosen = list(range(first, min(first + BATCH, len(held_out.rows))))
+            ce, kl_1, count = dense_sums(held_out, chosen, 1.0)
+            totals += (float(ce), float(kl_1), float(dense_sums(held_out, chosen, t)[1]), count)
+    entries = 0.0 if rows is None else sum(r.entries for r in rows) / int(starts[-1])
+    ce_mean, kl_1_mean, kl_t_mean = (totals[:3] / totals[3]).tolist()
+    return {
+        **{k: v for k, v in spec.items() if k not in ("folder", "student")},
+        "bytes": size, "entries": entries, "perplexity": math.exp(ce_mean), "kl_1": kl_1_mean, "kl_t": kl_t_mean,
+    }  # fmt: skip
+
+
+def _no_rows(vocabulary: int) -> SparseRows:
+    logits = torch.zeros(1, vocabulary)
+    return select(logits, torch.zeros(1, dtype=torch.int64), Selection("top_k", TEMPERATURES, k=1)).rows
+
+
+def specs(part: str, seeds: int) -> list[dict[str, Any]]:
+    """Every run of a part."""
+    found: list[dict[str, Any]] = []
+    for t in TEMPERATURES:
+        base = {"part": part, "temperature": t, "seed": 0, "ce_weight": 0.0, "lora": False}
+        if part == "training":
+            found += [{**base, "kind": "full"}]
+            found += [{**base, "kind": "top-k, renormalised", "k": 64}, {**base, "kind": "top-k", "k": 64}]
+            for kind in ("sampling", "sampling, one T", "threshold", "top-k", "RS-KD"):
+                found += [{**base, "kind": kind, "budget": budget} for budget in BUDGETS if budget < 384]
+        else:
+            for seed in range(seeds):
+                base = {"part": part, "temperature": t, "seed": seed, "ce_weight": 0.5, "lora": True}
+                found += [{**base, "kind": "full"}, {**base, "kind": "sampling", "budget": 64}]
+                found += [{**base, "kind": "top-k", "k": 64}, {**base, "kind": "top-k, renormalised", "k": 64}]
+                found += [{**base, "kind": "RS-KD", "budget": 64}]
+                if t == TEMPERATURES[0]:
+                    found += [{**base, "kind": "CE alone", "ce_weight": 1.0}]
+    return found
+
+
+def run_all(args: argparse.Namespace, part: str) -> list[dict[str, Any]]:
+    """Runs of a part that are not there yet, then all of them."""
+    path = args.output / f"{part}.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def same(spec: dict[str, Any], result: dict[str, Any]) -> bool:
+        return all(result.get(k) == v for k, v in spec.items()) and ("k" in result) == ("k" in spec)
+
+    todo = [s for s in specs(part, args.seeds) if not any(same(s, r) for r in done)]
+    todo = [{**s, "folder": str(args.output), "student": args.student} for s in todo]
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number, result in enumerate(pool.map(train, todo), start=1):
+            with path.open("a") as f:
+                f.write(json.dumps(result) + "\n")
+            done.append(result)
+            print(f"  {part} {number}/{len(todo)}: {json.dumps(result)}", flush=True)
+    return done

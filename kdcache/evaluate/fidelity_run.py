@@ -1,0 +1,251 @@
+"""Fidelity of a cache, or of settings that a cache could be made with: one pass of the teacher, every setting measured.
+
+The sample's hidden states are held, so the decoder runs once; every setting is selected, encoded, compressed and decoded
+as a cache would be, and then compared with the full distributions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import zstandard
+
+from kdcache.cache import layout
+from kdcache.cache.codec import ShardContent, decode, encode
+from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.rows import SparseRows, concatenate
+from kdcache.cache.selection import SelectionPlan
+from kdcache.cache.shard import pack
+from kdcache.data.tokens import TokenRow
+from kdcache.errors import CacheError, RecipeError
+from kdcache.evaluate.fidelity import TEMPERATURES, Fidelity, FidelityMeter
+from kdcache.models import identify, load_model, refuse_narrow_head
+from kdcache.progress import Progress, Silent
+from kdcache.teacher.budget import find_floors, sample_content, shard_content
+from kdcache.teacher.capture import load_teacher, settle_floors
+from kdcache.teacher.forward import LOGIT_BYTES, TeacherForward
+from kdcache.teacher.planning import PlannedCache, plan_cache, teacher_sections
+from kdcache.teacher.sample import HiddenSample, hidden_sample, sample_rows
+from kdcache.token_maps import TokenMap
+
+if TYPE_CHECKING:
+    from kdcache.recipe import Recipe
+
+CHOSEN = "chosen"
+# Settings beside the chosen one: what they change in the plan's selection.
+COMPARED: dict[str, dict[str, Any]] = {
+    **{
+        f"sampling {size} B": {"method": "threshold_sampling", "bytes_per_position": float(size)}
+        for size in (24, 42, 64, 96, 192)
+    },
+    "threshold 64 B": {"method": "threshold", "bytes_per_position": 64.0, "k": 4096},
+    "top-k 16": {"method": "top_k", "k": 16},
+    "top-k 64": {"method": "top_k", "k": 64},
+    "top-k 128": {"method": "top_k", "k": 128},
+}
+_PARTS = {
+    "ids": ("head.id", "tail.id", "head.count", "tail.count"),
+    "values": ("head.value", "tail.value", "row.tail_value"),
+    "partition": ("row.rest", "row.head", "row.tail"),
+    "text": ("token.id", "token.target", "sequence.length", "sequence.digest", "row.label"),
+}
+
+
+@dataclass(frozen=True)
+class SettingReport:
+    """One setting: its name, bytes per position in all and by part, entries per position, figures by temperature."""
+
+    name: str
+    bytes_per_position: float
+    parts: dict[str, float]
+    entries: float
+    figures: list[Fidelity]
+
+
+@dataclass(frozen=True)
+class FidelityReport:
+    """What was measured: on how many positions of which teacher, and every setting, the chosen one first."""
+
+    teacher: str
+    student: str | None
+    positions: int
+    declared: tuple[float, ...]
+    settings: list[SettingReport]
+
+    @property
+    def title(self) -> str:
+        """What was measured, in a line."""
+        return f"{self.positions:,} positions of {self.teacher}" + (f", student {self.student}" if self.student else "")
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values, for fidelity.json."""
+        return asdict(self)
+
+
+def cache_fidelity(
+    directory: str | Path,
+    *,
+    teacher: str | None,
+    student: str | None,
+    positions: int,
+    compare: bool,
+    progress: Progress | None = None,
+) -> FidelityReport:
+    """What a finished cache holds, against its teacher run again on some of its sequences.
+
+    Args:
+        directory: the cache.
+        teacher: folder or id of the teacher; None takes the name in the plan.
+        student: folder or id of a student for the gradient, or None.
+        positions: about how many to measure.
+        compare: measure other settings beside it.
+        progress: told about long work.
+
+    Raises:
+        KdcacheError: no such cache, or the teacher is not the one it was made with.
+    """
+    progress = progress or Silent()
+    cache = open_cache(directory)
+    plan, identity = cache.plan, cache.plan.teacher
+    name = teacher or identity.name
+    found = identify(name, identity.revision if teacher is None else None)
+    if found.fingerprint != identity.fingerprint:
+        raise CacheError(
+            f"{name} is not the teacher of {directory}: its fingerprint is {found.fingerprint[:12]}, the plan's "
+            f"{identity.fingerprint[:12]} ({identity.name}); give that model with --teacher"
+        )
+    rows, stored = _cached_sample(cache, positions)
+    model = load_model(name, revision=identity.revision, quantization=identity.quantization, dtype=identity.dtype)
+    forward = TeacherForward(model, vocab_size=cache.vocab_size, pad_id=plan.tokenizer.pad_id)
+    planned = PlannedCache(plan, (rows,), TokenMap(cache.vocabulary(), plan.tokenizer.fingerprint))
+    sample = hidden_sample(forward, rows, batch_tokens=identity.batch_tokens)
+    order = {id(row): i for i, row in enumerate(rows)}
+    content = shard_content(sample.rows, concatenate([stored[order[id(row)]] for row in sample.rows]))
+    return _report(planned, sample, content, student=student, compare=compare, progress=progress)
+
+
+def recipe_fidelity(
+    recipe: Recipe, *, student: str | None, positions: int, compare: bool, progress: Progress | None = None
+) -> FidelityReport:
+    """What a recipe's cache would hold, before it is made. Arguments as `cache_fidelity`; the recipe's student by default.
+
+    Raises:
+        KdcacheError: as `capture` would.
+    """
+    progress = progress or Silent()
+    planned, forward = settle_floors(recipe, plan_cache(recipe, progress), progress)
+    forward = forward or load_teacher(recipe, planned)
+    _, section = teacher_sections(recipe)
+    rows = sample_rows(planned, batch_tokens=section.batch_tokens, positions=positions)
+    sample = hidden_sample(forward, rows, batch_tokens=section.batch_tokens)
+    content = sample_content(planned, sample)
+    if student is None and recipe.student is not None:
+        student = recipe.student.model
+    return _report(planned, sample, content, student=student, compare=compare, progress=progress)
+
+
+def _report(
+    planned: PlannedCache,
+    sample: HiddenSample,
+    chosen: ShardContent,
+    *,
+    student: str | None,
+    compare: bool,
+    progress: Progress,
+) -> FidelityReport:
+    contents, plans = {CHOSEN: chosen}, {CHOSEN: planned}
+    for name, changes in COMPARED.items() if compare else ():
+        try:
+            plans[name] = _changed(planned, changes, sample, progress)
+        except RecipeError as exc:
+            progress.message(f"{name}: {exc}")
+            continue
+        contents[name] = sample_content(plans[name], sample)
+    stored, sizes = {}, {}
+    for name, content in contents.items():
+        plan = plans[name].plan
+        arrays = encode(content, values=plan.selection.values)
+        sizes[name] = _sizes(arrays, len(pack(arrays, plan_digest=plan.digest, index=0)), len(content.rows))
+        stored[name] = decode(arrays, design=plan.design(0), values=plan.selection.values).rows
+    student_forward = None
+    if student is not None:
+        model = load_model(student, quantization="none", dtype="float32", device=sample.teacher.device.type)
+        refuse_narrow_head(model, sample.teacher.head.width, student)
+        student_forward = TeacherForward(model, vocab_size=sample.teacher.head.width, pad_id=sample.teacher.pad_id)
+    temperatures = tuple(sorted({*TEMPERATURES, *planned.plan.selection.temperatures}))
+    meter = FidelityMeter(temperatures, None if student_forward is None else student_forward.head)
+    progress.begin("fidelity", len(sample), "positions")
+    try:
+        _measure(meter, sample, stored, student_forward, progress)
+    finally:
+        progress.end()
+    reports = [
+        SettingReport(
+            name=name,
+            bytes_per_position=sizes[name]["total"],
+            parts={k: v for k, v in sizes[name].items() if k != "total"},
+            entries=rows.entries / max(1, int(rows.kept.sum())),
+            figures=meter.results(name),
+        )
+        for name, rows in stored.items()
+    ]
+    return FidelityReport(
+        planned.plan.teacher.name, student, meter.positions, planned.plan.selection.temperatures, reports
+    )
+
+
+@torch.inference_mode()
+def _measure(
+    meter: FidelityMeter,
+    sample: HiddenSample,
+    stored: dict[str, SparseRows],
+    student: TeacherForward | None,
+    progress: Progress,
+) -> None:
+    head = sample.teacher.head
+    # Several dense arrays of a chunk's size live at once.
+    chunk, start = max(1, LOGIT_BYTES // (16 * head.width)), 0
+    for members, hidden_PD, labels_P in sample.hidden:
+        of_student = None if student is None else student.hidden(members)[0]
+        for first in range(0, len(labels_P), chunk):
+            last = min(first + chunk, len(labels_P))
+            meter.add(
+                head.logits(hidden_PD[first:last]),
+                {name: rows.slice(start + first, start + last) for name, rows in stored.items()},
+                None if of_student is None else of_student[first:last],
+            )
+            progress.advance(last - first)
+        start += len(labels_P)
+
+
+def _changed(planned: PlannedCache, changes: dict[str, Any], sample: HiddenSample, progress: Progress) -> PlannedCache:
+    """The plan with another selection, its floors found on the sample."""
+    threshold = str(changes["method"]).startswith("threshold")
+    temperatures = planned.plan.selection.temperatures
+    base = {"floors": (0.5,) * len(temperatures) if threshold else (), "bytes_per_position": None, "tail_logits": True}
+    selection = SelectionPlan(**{**planned.plan.selection.model_dump(), **base, **changes})
+    if selection.method == "top_k":
+        selection = selection.model_copy(update={"k": min(selection.k, planned.plan.tokenizer.vocab_size)})
+    other = replace(planned, plan=planned.plan.model_copy(update={"selection": selection}))
+    return find_floors(other, sample, progress=Silent()) if threshold else other
+
+
+def _cached_sample(cache: Cache, positions: int) -> tuple[list[TokenRow], list[SparseRows]]:
+    """Evenly spread sequences of the first split, and their rows."""
+    split = cache.split(cache.plan.data.splits[0].name)
+    count = min(len(split), max(1, round(positions * len(split) / split.summary.positions)))
+    picked = [int((i + 0.5) * len(split) / count) for i in range(count)]
+    sequences = [split[i] for i in picked]
+    rows = [TokenRow(i, s.token_ids, s.targets) for i, s in zip(picked, sequences, strict=True)]
+    return rows, [s.rows for s in sequences]
+
+
+def _sizes(arrays: Any, whole: int, positions: int) -> dict[str, float]:
+    """Bytes per position: the whole shard, and its tensors each compressed alone."""
+    compressor = zstandard.ZstdCompressor(level=layout.ZSTD_LEVEL)
+    alone = {name: len(compressor.compress(array.tobytes())) / positions for name, array in arrays.items()}
+    sizes = {part: sum(alone.get(name, 0.0) for name in names) for part, names in _PARTS.items()}
+    return {"total": whole / positions, **sizes}

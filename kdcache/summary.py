@@ -1,0 +1,83 @@
+"""Caches, captures and predictions in lines of text; `kdcache.cli` prints them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdcache.console import byte_size, number_list
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+    from kdcache.teacher.capture import CaptureResult
+    from kdcache.teacher.estimate import Estimate
+
+_LOW_MASS = 0.5
+
+
+def estimate_lines(e: Estimate) -> list[str]:
+    """What a dry run predicts."""
+    each = e.cache_bytes / e.positions
+    return [
+        f"measured on {e.sampled_positions:,} of {e.positions:,} positions; the whole run is predicted to take",
+        f"  size    {byte_size(e.cache_bytes)} in {e.shards} shards, {each:.1f} bytes per position",
+        f"  time    {e.seconds:,.0f} s, {e.positions / e.seconds:,.0f} positions/s",
+        f"  memory  {byte_size(e.memory_bytes)} of {e.memory_of} memory at the peak",
+    ]
+
+
+def capture_lines(result: CaptureResult) -> tuple[list[str], str | None]:
+    """What a teacher run made, and what to warn of."""
+    manifest, plan = result.manifest, result.plan
+    temperatures = plan.selection.temperatures
+    size = sum(s.bytes for s in manifest.shards)
+    positions = sum(s.positions for s in manifest.splits)
+    did = f"{result.shards_made} shards made in {result.seconds:.0f} s" if result.shards_made else "complete already"
+    lines = [
+        f"cache {result.directory}: {did}; {positions:,} positions, {byte_size(size)}, {size / positions:.1f} bytes each"
+    ]
+    for split in manifest.splits:
+        mass = ", ".join(f"{m:.4f} at T={t:g}" for m, t in zip(split.kept_mass_mean, temperatures, strict=True))
+        lines.append(f"  {split.name}: teacher perplexity {split.teacher_perplexity:.3f}, exactly kept mass {mass}")
+    lines.append(f"cache id {manifest.cache_id}")
+    masses = manifest.splits[0].kept_mass_mean
+    thin = tuple(t for t, m in zip(temperatures, masses, strict=True) if m < _LOW_MASS)
+    if not thin or plan.design(0).sampled:
+        return lines, None
+    return lines, (
+        f"at T = {number_list(thin)} most of the probability lies outside the kept entries; keep more, use "
+        "selection.method threshold_sampling, or train at a lower temperature"
+    )
+
+
+def cache_lines(cache: Cache) -> list[str]:
+    """Facts about a cache."""
+    plan, manifest, selection = cache.plan, cache.manifest, cache.plan.selection
+    size, raw = sum(s.bytes for s in manifest.shards), sum(s.raw_bytes for s in manifest.shards)
+    positions = sum(s.positions for s in manifest.splits)
+    temperatures = number_list(selection.temperatures)
+    facts = {
+        "cache id": cache.id,
+        "format": f"{manifest.format} version {manifest.version}, plan {plan.digest[:12]}",
+        "teacher": f"{plan.teacher.name} ({plan.teacher.architecture}, {plan.teacher.quantization}, {plan.teacher.dtype})",
+        "tokenizer": f"{plan.tokenizer.vocab_size:,} tokens, fingerprint {plan.tokenizer.fingerprint[:12]}",
+        "data": f"{plan.data.shape}, prompt {plan.data.prompt}, at most {plan.data.max_length} tokens",
+        "kept": f"{selection.describe()}; temperatures {temperatures}",
+        "size": f"{byte_size(size)} in {len(manifest.shards)} shards ({byte_size(raw)} unpacked), "
+        f"{size / positions:.1f} bytes per position",
+    }
+    lines = [f"{name:10} {value}" for name, value in facts.items()]
+    for summary, split in zip(manifest.splits, plan.data.splits, strict=True):
+        left_out = summary.positions - summary.kept_positions
+        lines += [
+            "",
+            f"{summary.name}: {split.source} {split.selected}",
+            f"  {summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.positions:,} positions"
+            + (f", {left_out:,} of them left empty" if left_out else ""),
+            f"  {split.dropped_empty:,} examples dropped as empty, {split.dropped_no_target:,} with no target left, "
+            f"{split.truncated:,} cut",
+            f"  {summary.entries / max(1, summary.kept_positions):.1f} entries per position, teacher perplexity "
+            f"{summary.teacher_perplexity:.3f}",
+            f"  exactly kept mass at T = {temperatures}: mean {number_list(summary.kept_mass_mean, 4)}, "
+            f"first percentile {number_list(summary.kept_mass_p1, 3)}",
+        ]
+    return lines

@@ -1,0 +1,174 @@
+"""Probabilities of a few rows at every declared temperature, in as few passes over the vocabulary as can be.
+
+One softmax per temperature, and one for both where one temperature is twice the other: ``p_t`` is then ``p_2t`` squared,
+over the sum of squares. Sums are kept per block of the vocabulary. A block whose whole mass lies below the floors holds no
+entry that reaches them, so only the other blocks are looked at entry by entry; and a draw finds its block first and its
+entry there.
+
+Axes: ``C`` rows, ``V`` vocabulary, ``G`` blocks of the vocabulary, ``W`` entries of a block, ``B`` temperatures, ``n`` blocks
+looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_WIDTH = 128
+# Share of blocks from which on every block is looked at.
+_MOST = 0.3
+
+
+class Masses:
+    """Probabilities of rows, which can be taken out one by one.
+
+    Args:
+        logits_CV: float32.
+        temperatures: ascending.
+    """
+
+    def __init__(self, logits_CV: torch.Tensor, temperatures: tuple[float, ...]) -> None:
+        self.temperatures = temperatures
+        self.rows, self.vocabulary = logits_CV.shape
+        self.blocks = -(-self.vocabulary // _WIDTH)
+        top = temperatures[-1]
+        # The likeliest entries at one temperature are those at every other, so the broadest alone tells where to look.
+        self.squared = temperatures == (top / 2, top)
+        self._p_CV = [self._softmax(logits_CV, t) for t in ((top,) if self.squared else temperatures)]
+        self._square_C = _dot(self._p_CV[0]) if self.squared else None
+
+    def _softmax(self, logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Probabilities, with columns of 0 up to a whole number of blocks."""
+        width = self.blocks * _WIDTH
+        scaled = logits_CV.new_empty(self.rows, width)
+        if width > self.vocabulary:
+            scaled[:, self.vocabulary :] = -torch.inf
+        torch.mul(logits_CV, 1.0 / temperature, out=scaled[:, : self.vocabulary])
+        return torch.softmax(scaled, dim=1)
+
+    def of(self, rows: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Probability of single entries, per temperature."""
+        return self._powers([p[rows, ids] for p in self._p_CV], rows)
+
+    def whole(self) -> list[torch.Tensor]:
+        """``[C, G, W]`` all probabilities, per temperature."""
+        whole = [p.view(self.rows, self.blocks, _WIDTH) for p in self._p_CV]
+        if self._square_C is None:
+            return whole
+        return [whole[0].square() * (1.0 / self._square_C)[:, None, None], whole[0]]
+
+    def in_blocks(self, rows: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """``[n, W]`` probabilities of whole blocks, per temperature."""
+        return self._powers([p.view(self.rows, self.blocks, _WIDTH)[rows, blocks] for p in self._p_CV], rows)
+
+    def _powers(self, values: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
+        if self._square_C is None:
+            return values
+        (broad,) = values
+        square = self._square_C[rows]
+        return [broad * broad / (square if broad.dim() == 1 else square[:, None]), broad]
+
+    def take_out(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
+        """Entries that are kept: from now on they have no mass."""
+        for p in self._p_CV:
+            p[rows, ids] = 0.0
+
+    def left(self) -> torch.Tensor:
+        """``[C, B]`` mass that has not been taken out, summed and not subtracted: a small rest would drown in a difference."""
+        if self._square_C is None:
+            return torch.stack([p.sum(dim=1) for p in self._p_CV], dim=1)
+        broad = self._p_CV[0]
+        return torch.stack([_dot(broad) / self._square_C, broad.sum(dim=1)], dim=1)
+
+    def log_largest_at_one(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
+        """Log-probability of single entries at T = 1, where that is declared. Only for entries of some size."""
+        if 1.0 not in self.temperatures:
+            return None
+        return self.of(rows, ids)[self.temperatures.index(1.0)].log()
+
+    def full(self, index: int) -> torch.Tensor:
+        """``[C, V]`` probabilities at one temperature that has an array of its own."""
+        return self._p_CV[index][:, : self.vocabulary]
+
+
+class Inclusion:
+    """Inclusion probabilities ``max_b p_b / floor_b`` of rows, block by block.
+
+    Args:
+        masses: of the rows.
+        floors: one per temperature.
+    """
+
+    def __init__(self, masses: Masses, floors: tuple[float, ...]) -> None:
+        self._masses, self._floors = masses, floors
+        broad_CV = masses._p_CV[-1]
+        self._sum_CG = broad_CV.view(masses.rows, masses.blocks, _WIDTH).sum(dim=2)
+        # Below this a block's entries are all included by the broadest temperature's floor, and all below it.
+        floor = floors[-1] * 0.99
+        if len(floors) == 1:
+            simple_C1 = torch.full_like(self._sum_CG[:, :1], floor)
+        elif masses._square_C is not None:
+            simple_C1 = (masses._square_C * (floors[0] / floors[-1])).clamp(max=floor)[:, None]
+        else:
+            simple_C1 = torch.full_like(self._sum_CG[:, :1], -1.0)
+        self._looked_CG = self._sum_CG > simple_C1
+        # Where most blocks have to be looked at, all are: gathering would cost more.
+        self._whole_CGW = None
+        if float(self._looked_CG.float().mean()) > _MOST:
+            self._whole_CGW = self._reach(masses.whole())
+
+    def _reach(self, values: list[torch.Tensor]) -> torch.Tensor:
+        reach = values[0] * (1.0 / self._floors[0])
+        for p, floor in zip(values[1:], self._floors[1:], strict=True):
+            torch.maximum(reach, p * (1.0 / floor), out=reach)
+        return reach
+
+    def _of_blocks(self, rows: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        return self._reach(self._masses.in_blocks(rows, blocks))
+
+    def at_least(self, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and ids of entries that are included with this probability or a larger one, ids rising within a row."""
+        if self._whole_CGW is not None:
+            row_H, id_H = (self._whole_CGW.flatten(1) >= bound).nonzero(as_tuple=True)
+            return row_H, id_H
+        row_n, block_n = self._looked_CG.nonzero(as_tuple=True)
+        place_H, column_H = (self._of_blocks(row_n, block_n) >= bound).nonzero(as_tuple=True)
+        return row_n[place_H], block_n[place_H] * _WIDTH + column_H
+
+    def draw(
+        self, uniform_C: torch.Tensor, changed: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and ids drawn with these probabilities (below 1), ids rising within a row.
+
+        Points one apart, shifted by the row's uniform number, are placed along the cumulated probabilities; an entry is
+        drawn when a point falls on it. Every row draws the floor or the ceiling of its total.
+
+        Args:
+            uniform_C: float64 in [0, 1).
+            changed: rows and ids that have been taken out since.
+        """
+        if self._whole_CGW is not None:
+            included_CG = self._whole_CGW.sum(dim=2)
+        else:
+            included_CG = self._sum_CG * (1.0 / self._floors[-1])
+            row_n, block_n = self._looked_CG.nonzero(as_tuple=True)
+            included_CG[row_n, block_n] = self._of_blocks(row_n, block_n).sum(dim=1)
+        changed_blocks = changed[0], changed[1] // _WIDTH
+        included_CG[changed_blocks] = self._of_blocks(*changed_blocks).sum(dim=1)
+        cumulated_CG = included_CG.double().cumsum(dim=1)
+        total_C = cumulated_CG[:, -1].nan_to_num(0.0, 0.0, 0.0)
+        most = int(total_C.max().ceil()) + 1 if len(total_C) else 1
+        points_CM = torch.arange(1, most + 1, device=total_C.device, dtype=torch.float64) - uniform_C[:, None]
+        there_CM = points_CM <= total_C[:, None]
+        row_M = there_CM.nonzero(as_tuple=True)[0]
+        block_M = torch.searchsorted(cumulated_CG, points_CM)[there_CM]
+        before_M = torch.where(block_M > 0, cumulated_CG[row_M, (block_M - 1).clamp(min=0)], 0.0)
+        within_MW = self._of_blocks(row_M, block_M).cumsum(dim=1)
+        # What rounding leaves over falls on the block's last entry that has any probability.
+        place_M = torch.minimum((points_CM[there_CM] - before_M).to(within_MW.dtype), within_MW[:, -1])
+        place_M = place_M.clamp_(min=torch.finfo(within_MW.dtype).tiny)
+        return row_M, block_M * _WIDTH + torch.searchsorted(within_MW, place_M[:, None]).squeeze(1)
+
+
+def _dot(values_CV: torch.Tensor) -> torch.Tensor:
+    """``[C]`` sums of squares."""
+    return (values_CV * values_CV).sum(dim=1)

@@ -1,0 +1,166 @@
+"""Rows of every method through the collator into the loss, against dense float64 arithmetic on the teacher's own logits."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.errors import CacheError
+from kdcache.student.collate import sparse_teacher
+from kdcache.student.loss import distillation_loss
+from kdcache.teacher.select import Selection, select
+from tests.reference import log_softmax, loss_from_logits, relative_error
+
+V, D, N = 80, 12, 14
+T12 = (1.0, 2.0)
+SELECTIONS = {
+    "top_k": Selection("top_k", T12, k=7),
+    "threshold": Selection("threshold", T12, k=9, floors=(0.02, 0.03)),
+    "threshold_sampling": Selection("threshold_sampling", T12, floors=(0.06, 0.04)),
+    "random_sampling": Selection("random_sampling", (1.0,), draws=11),
+    "ids_alone": Selection("threshold_sampling", (2.0,), floors=(0.05,), tail_logits=False),
+}
+WEIGHTS = {"ce_weight": 0.3, "kd_weight": 0.7}
+CASES = [(m, t) for m in SELECTIONS for t in (1.0, 1.5, 2.0) if m != "ids_alone" or t == 2.0]
+
+
+def student(rows=N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    states, head = torch.randn(rows, D, generator=g), torch.randn(V, D, generator=g) * 0.6
+    return states, head, torch.randint(V, (rows,), generator=g)
+
+
+def teacher_logits(rows=N, seed=1):
+    return torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)) * 2.5
+
+
+def chosen_rows(method, logits, *, empty=True, seed=0):
+    """Selected rows, every fourth left empty."""
+    selection = SELECTIONS[method]
+    uniforms = np.random.default_rng(seed).random((len(logits), selection.uniforms))
+    rows = select(logits, torch.zeros(len(logits), dtype=torch.int64), selection, uniforms).rows
+    if not empty:
+        return rows
+    rows = rows.emptied(np.arange(len(rows)) % 4 != 2)
+    return dataclasses.replace(rows, design=dataclasses.replace(rows.design, some_empty=True))
+
+
+def dense_target(rows, logits, temperature, tail="auto"):
+    """Weights, kept mask, mass outside and log p of every row, from the dense logits and the ids that were chosen alone."""
+    log_p = log_softmax(logits.numpy(), temperature)
+    if temperature not in rows.design.temperatures:
+        # The partition is interpolated there, which is held elsewhere; all else is exact.
+        relative = logits.double().numpy() - logits.double().numpy().max(axis=1, keepdims=True)
+        log_p = np.where(
+            rows.kept[:, None], relative / temperature - rows.log_partition_at(temperature)[:, None], log_p
+        )
+    weight, kept, rho = np.zeros((len(rows), V)), np.zeros((len(rows), V), dtype=bool), np.zeros(len(rows))
+    sampled = tail == "auto" and rows.design.sampled
+    reach = np.max(
+        [np.exp(log_softmax(logits.numpy(), t)) / f for t, f in zip(rows.design.temperatures, rows.design.floors, strict=False)]
+        or [np.ones((len(rows), V))],
+        axis=0,
+    )  # fmt: skip
+    for row in range(len(rows)):
+        own = rows.slice(row, row + 1)
+        head, drawn = own.head_ids.astype(int), own.tail_ids.astype(int)
+        weight[row, head], kept[row, head] = np.exp(log_p[row, head]), True
+        if sampled:
+            kept[row, drawn] = True
+            weight[row, drawn] = np.exp(log_p[row, drawn]) / reach[row, drawn]
+        elif rows.kept[row]:
+            rho[row] = 1.0 - weight[row, head].sum()
+        if sampled and rows.design.draws:
+            times = np.zeros(V)
+            times[head], times[drawn] = own.head_counts, own.tail_counts
+            weight[row] = times / rows.design.draws * np.exp(log_p[row] - log_softmax(logits.numpy())[row])
+    if not rows.design.tail_logits and sampled:
+        # Entries without logits share their mean, on the scale of logits.
+        for row in range(len(rows)):
+            drawn = rows.slice(row, row + 1).tail_ids.astype(int)
+            log_p[row, drawn] = log_p[row, drawn].mean() if len(drawn) else 0.0
+    return [torch.from_numpy(x) for x in (weight, kept, rho, log_p)]
+
+
+def assert_like_the_oracle(states, head, labels, teacher, target, temperature, **options):
+    leaves = [states.clone().requires_grad_(True), head.clone().requires_grad_(True)]
+    sums = distillation_loss(*leaves, labels, teacher, temperature=temperature, chunk_rows=4, **WEIGHTS, **options)
+    found = torch.autograd.grad(sums.total, leaves)
+    exact = [leaf.detach().double().requires_grad_(True) for leaf in leaves]
+    weight, kept, rho, log_p = target
+    total, ce, kd = loss_from_logits(
+        exact[0] @ exact[1].T, labels, weight, kept, rho, log_p=log_p, temperature=temperature, **WEIGHTS, **options
+    )
+    for ours, truth in ((sums.total, total), (sums.ce, ce), (sums.divergence, kd)):
+        assert float(ours.detach()) == pytest.approx(float(truth.detach()), rel=2e-5)
+    for ours, truth in zip(found, torch.autograd.grad(total, exact), strict=True):
+        assert relative_error(ours, truth) < 2e-5
+    return sums
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_ce"])
+@pytest.mark.parametrize(("method", "temperature"), CASES)
+def test_value_and_gradient_match_the_dense_oracle(method, temperature, divergence):
+    logits = teacher_logits()
+    rows = chosen_rows(method, logits)
+    teacher = sparse_teacher(rows, temperature)
+    assert (teacher.log_weights_NK is not None) == rows.design.sampled
+    target = dense_target(rows, logits, temperature)
+    sums = assert_like_the_oracle(*student(), teacher, target, temperature, divergence=divergence)
+    assert not sums.divergence_N[~torch.from_numpy(rows.kept)].any()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_lumped_leaves_drawn_entries_out_and_matches_the_oracle(method, divergence):
+    logits = teacher_logits()
+    rows = chosen_rows(method, logits, empty=False)
+    temperature = rows.design.temperatures[0]
+    teacher = sparse_teacher(rows, temperature, "lumped")
+    assert teacher.log_weights_NK is None
+    assert teacher.ids_NK.shape[1] == rows.head.max()
+    target = dense_target(rows, logits, temperature, "lumped")
+    # The bins of these two need the mass outside as a logarithm of its own.
+    assert_like_the_oracle(*student(), teacher, [*target[:3], None], temperature, divergence=divergence)
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_renormalised_rows_add_up_to_one_and_empty_ones_stay_empty(method):
+    rows = chosen_rows(method, teacher_logits())
+    teacher = sparse_teacher(rows, 2.0, "renormalised")
+    mass = teacher.log_probs_NK.exp().sum(dim=1)
+    assert torch.allclose(mass, torch.from_numpy(rows.kept).float(), atol=1e-5)
+    assert torch.isneginf(teacher.log_tail_N).all()
+
+
+def test_drawn_ids_without_logits_stand_for_their_mass_at_one_temperature_alone():
+    rows = chosen_rows("ids_alone", teacher_logits())
+    for temperature in (1.0, 1.5, 2.5):
+        with pytest.raises(CacheError, match=rf"stand for their mass at T = 2 alone, not at {temperature:g};"):
+            sparse_teacher(rows, temperature)
+    assert len(sparse_teacher(rows, 2.5, "lumped").log_tail_N) == N
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("method", ["threshold_sampling", "random_sampling", "ids_alone"])
+def test_the_mean_gradient_over_all_draws_is_that_of_the_whole_distribution(method, temperature):
+    selection = SELECTIONS[method]
+    if temperature not in selection.temperatures:
+        selection = dataclasses.replace(selection, temperatures=(temperature,))
+    many = 2048
+    logits = teacher_logits(1)
+    points = (np.arange(many * selection.uniforms) + 0.5) / (many * selection.uniforms)
+    uniforms = np.random.default_rng(0).permutation(points).reshape(many, -1)
+    rows = select(logits.repeat(many, 1), torch.zeros(many, dtype=torch.int64), selection, uniforms).rows
+    states, head, labels = student(1)
+    leaf = states.repeat(many, 1).requires_grad_(True)
+    options = {"temperature": temperature, "ce_weight": 0.0, "kd_weight": 1.0}
+    distillation_loss(leaf, head, labels.repeat(many), sparse_teacher(rows, temperature), **options).total.backward()
+    exact = states.double().requires_grad_(True)
+    log_p = torch.from_numpy(log_softmax(logits.numpy(), temperature))
+    log_q = torch.log_softmax(exact @ head.double().T / temperature, dim=1)
+    (temperature**2 * (log_p.exp() * (log_p - log_q)).sum()).backward()
+    assert relative_error(leaf.grad.double().mean(dim=0, keepdim=True), exact.grad) < 2e-3
+    # And a single draw is not it already.
+    assert relative_error(leaf.grad[:1], exact.grad) > 1e-2
