@@ -12,6 +12,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -74,9 +75,23 @@ def selection_table(rows: int) -> SparseRows:
     return select(logits, labels, default, uniforms).rows
 
 
+def renumbered(rows: SparseRows, seed: int) -> SparseRows:
+    """The same rows under other ids: repeated as they are, zstd would find them again."""
+    numbers = np.random.default_rng(seed).permutation(VOCABULARY).astype(np.uint32)
+
+    def other(ids: np.ndarray, logits: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids = numbers[ids]
+        order = np.lexsort((ids, np.repeat(np.arange(len(counts)), counts)))
+        return ids[order], logits[order]
+
+    head_ids, head_logits = other(rows.head_ids, rows.head_logits, rows.head)
+    tail_ids, tail_logits = other(rows.tail_ids, rows.tail_logits, rows.tail)
+    return replace(rows, head_ids=head_ids, head_logits=head_logits, tail_ids=tail_ids, tail_logits=tail_logits)
+
+
 def codec_table(rows: SparseRows) -> None:
     """Encoding and decoding a shard of repeated rows."""
-    rows = concatenate([rows] * max(1, POSITIONS // len(rows)))
+    rows = concatenate([renumbered(rows, seed) for seed in range(max(1, POSITIONS // len(rows)))])
     count, length = len(rows), 60
     sequences = count // length
     rows = rows.slice(0, sequences * length)

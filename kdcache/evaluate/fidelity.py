@@ -158,7 +158,7 @@ def _add(
     # sum over the whole vocabulary of |p - even|, and then the head's entries put right
     spread_C = (log_p_CV.exp() - even_C[:, None]).abs().sum(dim=1)
     variation_C = spread_C + total((p_H - log_head_H.exp()).abs() - (p_H - even_C[row_H]).abs())
-    top_C = torch.full_like(zeros_C, -torch.inf).index_reduce(0, row_H, log_head_H, "amax")
+    top_C = torch.full_like(zeros_C, -torch.inf).scatter_reduce(0, row_H, log_head_H, "amax")
     same_C = total(((id_H == best_C[row_H]) & (log_head_H >= top_C[row_H])).float())
     sums.mass.append(mass_C[kept].cpu())
     sums.kl.append(kl_C[kept].clamp(min=0).cpu())

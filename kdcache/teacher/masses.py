@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import torch
 
-_WIDTH = 128
+# Entries of a block: few enough to go through at every draw, blocks few enough to go through for every row.
+_NARROW, _WIDE, _SMALL = 32, 128, 1 << 15
 # Share of blocks from which on every block is looked at.
 _MOST = 0.3
 
@@ -29,7 +30,8 @@ class Masses:
     def __init__(self, logits_CV: torch.Tensor, temperatures: tuple[float, ...]) -> None:
         self.temperatures = temperatures
         self.rows, self.vocabulary = logits_CV.shape
-        self.blocks = -(-self.vocabulary // _WIDTH)
+        self.width = _NARROW if self.vocabulary <= _SMALL else _WIDE
+        self.blocks = -(-self.vocabulary // self.width)
         top = temperatures[-1]
         # The likeliest entries at one temperature are those at every other, so the broadest alone tells where to look.
         self.squared = temperatures == (top / 2, top)
@@ -38,7 +40,9 @@ class Masses:
 
     def _softmax(self, logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
         """Probabilities, with columns of 0 up to a whole number of blocks."""
-        width = self.blocks * _WIDTH
+        width = self.blocks * self.width
+        if temperature == 1.0 and width == self.vocabulary:
+            return torch.softmax(logits_CV, dim=1)
         scaled = logits_CV.new_empty(self.rows, width)
         if width > self.vocabulary:
             scaled[:, self.vocabulary :] = -torch.inf
@@ -49,16 +53,21 @@ class Masses:
         """Probability of single entries, per temperature."""
         return self._powers([p[rows, ids] for p in self._p_CV], rows)
 
-    def whole(self) -> list[torch.Tensor]:
-        """``[C, G, W]`` all probabilities, per temperature."""
-        whole = [p.view(self.rows, self.blocks, _WIDTH) for p in self._p_CV]
-        if self._square_C is None:
-            return whole
-        return [whole[0].square() * (1.0 / self._square_C)[:, None, None], whole[0]]
+    def reach(self, floors: tuple[float, ...]) -> torch.Tensor:
+        """``[C, G, W]`` the largest of ``p_b / floor_b`` over the temperatures, for every entry."""
+        whole = [p.view(self.rows, self.blocks, self.width) for p in self._p_CV]
+        if self._square_C is not None:
+            # max(p^2 / (S floor_0), p / floor_1) = p max(p / (S floor_0), 1 / floor_1)
+            factor = 1.0 / (self._square_C * floors[0])
+            return (whole[0] * factor[:, None, None]).clamp_(min=1.0 / floors[1]).mul_(whole[0])
+        reach = whole[0] * (1.0 / floors[0])
+        for p, floor in zip(whole[1:], floors[1:], strict=True):
+            torch.maximum(reach, p * (1.0 / floor), out=reach)
+        return reach
 
     def in_blocks(self, rows: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
         """``[n, W]`` probabilities of whole blocks, per temperature."""
-        return self._powers([p.view(self.rows, self.blocks, _WIDTH)[rows, blocks] for p in self._p_CV], rows)
+        return self._powers([p.view(self.rows, self.blocks, self.width)[rows, blocks] for p in self._p_CV], rows)
 
     def _powers(self, values: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
         if self._square_C is None:
@@ -101,7 +110,7 @@ class Inclusion:
     def __init__(self, masses: Masses, floors: tuple[float, ...]) -> None:
         self._masses, self._floors = masses, floors
         broad_CV = masses._p_CV[-1]
-        self._sum_CG = broad_CV.view(masses.rows, masses.blocks, _WIDTH).sum(dim=2)
+        self._sum_CG = broad_CV.view(masses.rows, masses.blocks, masses.width).sum(dim=2)
         # Below this a block's entries are all included by the broadest temperature's floor, and all below it.
         floor = floors[-1] * 0.99
         if len(floors) == 1:
@@ -110,29 +119,27 @@ class Inclusion:
             simple_C1 = (masses._square_C * (floors[0] / floors[-1])).clamp(max=floor)[:, None]
         else:
             simple_C1 = torch.full_like(self._sum_CG[:, :1], -1.0)
-        self._looked_CG = self._sum_CG > simple_C1
-        # Where most blocks have to be looked at, all are: gathering would cost more.
-        self._whole_CGW = None
-        if float(self._looked_CG.float().mean()) > _MOST:
-            self._whole_CGW = self._reach(masses.whole())
+        looked_CG = self._sum_CG > simple_C1
+        if float(looked_CG.float().mean()) > _MOST:
+            # Where most blocks have to be looked at, all are: gathering would cost more.
+            self._included_CG = self._masses.reach(floors).sum(dim=2)
+        else:
+            self._included_CG = self._sum_CG * (1.0 / floors[-1])
+            row_n, block_n = looked_CG.nonzero(as_tuple=True)
+            self._included_CG[row_n, block_n] = self._of_blocks(row_n, block_n).sum(dim=1)
 
-    def _reach(self, values: list[torch.Tensor]) -> torch.Tensor:
+    def _of_blocks(self, rows: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        values = self._masses.in_blocks(rows, blocks)
         reach = values[0] * (1.0 / self._floors[0])
         for p, floor in zip(values[1:], self._floors[1:], strict=True):
             torch.maximum(reach, p * (1.0 / floor), out=reach)
         return reach
 
-    def _of_blocks(self, rows: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        return self._reach(self._masses.in_blocks(rows, blocks))
-
     def at_least(self, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and ids of entries that are included with this probability or a larger one, ids rising within a row."""
-        if self._whole_CGW is not None:
-            row_H, id_H = (self._whole_CGW.flatten(1) >= bound).nonzero(as_tuple=True)
-            return row_H, id_H
-        row_n, block_n = self._looked_CG.nonzero(as_tuple=True)
+        row_n, block_n = (self._included_CG >= bound).nonzero(as_tuple=True)
         place_H, column_H = (self._of_blocks(row_n, block_n) >= bound).nonzero(as_tuple=True)
-        return row_n[place_H], block_n[place_H] * _WIDTH + column_H
+        return row_n[place_H], block_n[place_H] * self._masses.width + column_H
 
     def draw(
         self, uniform_C: torch.Tensor, changed: tuple[torch.Tensor, torch.Tensor]
@@ -146,13 +153,7 @@ class Inclusion:
             uniform_C: float64 in [0, 1).
             changed: rows and ids that have been taken out since.
         """
-        if self._whole_CGW is not None:
-            included_CG = self._whole_CGW.sum(dim=2)
-        else:
-            included_CG = self._sum_CG * (1.0 / self._floors[-1])
-            row_n, block_n = self._looked_CG.nonzero(as_tuple=True)
-            included_CG[row_n, block_n] = self._of_blocks(row_n, block_n).sum(dim=1)
-        changed_blocks = changed[0], changed[1] // _WIDTH
+        included_CG, changed_blocks = self._included_CG.clone(), (changed[0], changed[1] // self._masses.width)
         included_CG[changed_blocks] = self._of_blocks(*changed_blocks).sum(dim=1)
         cumulated_CG = included_CG.double().cumsum(dim=1)
         total_C = cumulated_CG[:, -1].nan_to_num(0.0, 0.0, 0.0)
@@ -166,9 +167,10 @@ class Inclusion:
         # What rounding leaves over falls on the block's last entry that has any probability.
         place_M = torch.minimum((points_CM[there_CM] - before_M).to(within_MW.dtype), within_MW[:, -1])
         place_M = place_M.clamp_(min=torch.finfo(within_MW.dtype).tiny)
-        return row_M, block_M * _WIDTH + torch.searchsorted(within_MW, place_M[:, None]).squeeze(1)
+        return row_M, block_M * self._masses.width + torch.searchsorted(within_MW, place_M[:, None]).squeeze(1)
 
 
 def _dot(values_CV: torch.Tensor) -> torch.Tensor:
     """``[C]`` sums of squares."""
-    return (values_CV * values_CV).sum(dim=1)
+    norm_C: torch.Tensor = torch.linalg.vector_norm(values_CV, dim=1)
+    return norm_C.square()

@@ -30,7 +30,7 @@ _TIE_MARGIN = 32
 # An entry this close to certain is kept: rounding of the cumulated sum could otherwise draw it twice.
 _CERTAIN = 1.0 - 2.0**-10
 # Bytes of a block's logits on the CPU; several passes go over it.
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 5 << 20
 
 
 @dataclass(frozen=True)

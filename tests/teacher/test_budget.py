@@ -9,7 +9,7 @@ import torch
 
 from kdcache.cache.layout import MANIFEST_FILE, MINIMUM_FLOOR
 from kdcache.cache.reader import open_cache, read_plan, shard_path
-from kdcache.errors import RecipeError
+from kdcache.errors import CacheError, PlanMismatchError, RecipeError
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.teacher import capture as capture_module
@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_takes_the_floors_that_are_there(values, monkeypatch)
     assert files(first.directory) == whole
 
 
-def test_floors_of_another_plan_are_not_taken(values, tmp_path):
+def test_floors_of_another_plan_are_refused_before_the_teacher_is_loaded(values, tmp_path):
     first = capture(parse_recipe(values))
     planned = plan_cache(parse_recipe(values), Silent())
     assert planned.floors_open
@@ -131,7 +131,12 @@ def test_floors_of_another_plan_are_not_taken(values, tmp_path):
     assert adopted_floors(planned, tmp_path / "nothing") is None
     for change in ({"bytes_per_position": 49}, {"bytes_per_position": 48, "temperatures": [1.0]}):
         values["selection"] = change
-        assert adopted_floors(plan_cache(parse_recipe(values), Silent()), first.directory) is None
+        with pytest.raises(PlanMismatchError, match=r"selection\.bytes_per_position|selection\.temperatures"):
+            adopted_floors(plan_cache(parse_recipe(values), Silent()), first.directory)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CacheError, match="neither empty nor a cache"):
+        adopted_floors(planned, tmp_path / "thesis")
 
 
 @pytest.mark.parametrize("method", ["threshold_sampling", "threshold"])
