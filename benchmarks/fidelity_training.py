@@ -116,11 +116,11 @@ def read_dense(folder: Path, name: str) -> Dense:
 # Selections ------------------------------------------------------------------------------------------------------------
 
 
-# A size to tune -> a selection; thresholds are found from the size.
+# A size to tune -> a selection; thresholds are one over the size.
 SETTINGS: dict[str, Callable[[float, float], Selection]] = {
-    "sampling": lambda t, n: Selection("threshold_sampling", TEMPERATURES, floors=(n, n)),
-    "sampling, one T": lambda t, n: Selection("threshold_sampling", (t,), floors=(n,), tail_logits=False),
-    "threshold": lambda t, n: Selection("threshold", TEMPERATURES, k=4096, floors=(n, n)),
+    "sampling": lambda t, n: Selection("threshold_sampling", TEMPERATURES, floors=(1 / n, 1 / n)),
+    "sampling, one T": lambda t, n: Selection("threshold_sampling", (t,), floors=(1 / n,), tail_logits=False),
+    "threshold": lambda t, n: Selection("threshold", TEMPERATURES, k=4096, floors=(1 / n, 1 / n)),
     "top-k": lambda t, n: Selection("top_k", TEMPERATURES, k=max(1, int(n))),
     "RS-KD": lambda t, n: Selection("random_sampling", (t,), draws=max(1, int(n)), tail_logits=False),
 }
@@ -144,35 +144,13 @@ def read_back(data: Dense, selection: Selection, values: Values = "quantised") -
     return parts, size / int(starts[-1])
 
 
-def floors_for(logits: torch.Tensor, temperatures: tuple[float, ...], n: float, drawn: bool) -> tuple[float, ...]:
-    """The floor at which each temperature alone keeps n entries on average, by bisection."""
-    found = []
-    for t in temperatures:
-        p = torch.softmax(logits / t, dim=1)
-        low, high = 1e-4, 0.99
-        for _ in range(30):
-            middle = math.sqrt(low * high)
-            kept = (p / middle).clamp(max=1) if drawn else (p >= middle).float()
-            low, high = (middle, high) if float(kept.sum(dim=1).mean()) > n else (low, middle)
-        found.append(float(f"{low:.3g}"))
-    return tuple(found)
-
-
 def tuned(kind: str, temperature: float, budget: float, data: Dense) -> Selection:
     """The selection of a kind that comes to the budget on ``data``."""
-    make, low, high = SETTINGS[kind], 1.0, 255.0 if kind == "RS-KD" else 400.0
-    dense = data.part(0, int(data.starts[-1]))
-
-    def of(n: float) -> Selection:
-        chosen = make(temperature, n)
-        if not chosen.floors:
-            return chosen
-        return replace(chosen, floors=floors_for(dense[::4], chosen.temperatures, n, chosen.uniforms > 0))
-
-    for _ in range(9):
+    make, low, high = SETTINGS[kind], 1.1, 255.0 if kind == "RS-KD" else 2000.0
+    for _ in range(10):
         n = math.sqrt(low * high)
-        low, high = (n, high) if read_back(data, of(n))[1] < budget else (low, n)
-    return of(low)
+        low, high = (n, high) if read_back(data, make(temperature, n))[1] < budget else (low, n)
+    return make(temperature, low)
 
 
 # Training --------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def fidelity(
         recipe = _recipe(what, [*(overrides or []), *([f"teacher.model={teacher}"] if teacher else [])])
         _embedded(recipe, progress)
         report = recipe_fidelity(recipe, **options)
-    _print(f"{report.title}; mass: exact entries, mean and first percentile; cosine, error: of the student's gradient")
+    _print(f"{report.title}; mass: exact entries, mean and first percentile; cos, error: of the student's gradient")
     _rich(text_table(FIDELITY_COLUMNS, fidelity_rows(report)))
     _rich(text_table(PARTS_COLUMNS, parts_rows(report)))
     _print("table, figures and plot: " + ", ".join(str(p) for p in write_fidelity(report, output)))

@@ -41,9 +41,11 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=len(columns) > _MANY)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=len(columns) > _MANY, pad_edge=len(columns) <= _MANY)
+    rows = list(rows)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        width = max((len(row[0]) for row in rows), default=0) if i == 0 else None
+        table.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table

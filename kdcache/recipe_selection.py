@@ -28,7 +28,7 @@ class SelectionSection(Section):
         64.0,
         ge=8,
         le=65536,
-        description="threshold methods without floors: floors are set on a small sample so that the cache comes to this size.",
+        description="threshold methods without floors: the floor is found on a small sample so that the cache comes to this size.",
     )
     floors: tuple[float, ...] | None = Field(
         None,

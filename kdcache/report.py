@@ -113,7 +113,7 @@ def write_pages(record: RunRecord) -> list[Path]:
 
 
 FIDELITY_COLUMNS = (
-    "setting", "T", "bytes", "mass", "p1", "KL", "p99", "TV", "top-1", "cosine", "error",
+    "setting", "T", "bytes", "mass", "p1", "KL", "p99", "TV", "top-1", "cos", "error",
 )  # fmt: skip
 PARTS_COLUMNS = ("bytes per position", "entries", "in all", "ids", "values", "partition", "text")
 
@@ -128,9 +128,9 @@ def fidelity_rows(report: FidelityReport) -> list[tuple[str, ...]]:
                 continue
             rows.append((
                 setting.name, f"{f.temperature:g}", f"{setting.bytes_per_position:.1f}",
-                f"{f.kept_mass:.3f}", f"{f.kept_mass_p1:.3f}", f"{f.kl:.3f}", f"{f.kl_p99:.2f}",
+                f"{f.kept_mass:.3f}", f"{f.kept_mass_p1:.2f}", f"{f.kl:.3f}", f"{f.kl_p99:.2f}",
                 f"{f.total_variation:.3f}", f"{f.top_1:.3f}",
-                "-" if f.gradient_cosine is None else f"{f.gradient_cosine:.4f}",
+                "-" if f.gradient_cosine is None else f"{f.gradient_cosine:.3f}",
                 "-" if f.gradient_error is None else f"{f.gradient_error:.4f}",
             ))  # fmt: skip
     return rows

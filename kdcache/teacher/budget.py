@@ -1,20 +1,18 @@
-"""From bytes per position to probability floors, measured on a sample of the plan's own sequences.
+"""From bytes per position to a probability floor, measured on a sample of the plan's own sequences.
 
-With floor tau a position keeps ``sum_v min(1, p_v / tau)`` entries on average (head and draws). Every declared temperature
-is given the floor at which it alone would keep the same number ``n``; then ``n`` is searched for which the rows, encoded
-and compressed as the cache will be, come to the budget. The sums come from histograms of log p, so that one pass over the
-vocabulary serves every floor.
+With floor tau a position whose mass outside the head is rho draws about rho / tau entries, and what it stands for has
+variance of at most tau rho. So one floor for all positions and temperatures puts the draws where the mass is, which is
+where they lower the variance most. It is searched for which the rows, encoded and compressed as the cache will be, come
+to the budget.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from kdcache.cache.codec import ShardContent, encode
 from kdcache.cache.layout import MINIMUM_FLOOR
@@ -29,7 +27,7 @@ from kdcache.teacher import draws
 from kdcache.teacher.forward import Select, Thin, Uniforms
 from kdcache.teacher.planning import PlannedCache
 from kdcache.teacher.sample import HiddenSample
-from kdcache.teacher.select import Selected, Selection, select
+from kdcache.teacher.select import Selection, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +36,9 @@ if TYPE_CHECKING:
     from kdcache.cache.selection import SelectionPlan
 
 SAMPLE_POSITIONS = 4096
-_BINS_PER_E, _BINS = 16, 16 * 40
-_CLOSE_ENOUGH, _TRIES = 0.01, 8
-_MOST_ENTRIES = 4096.0
+_CLOSE_ENOUGH, _TRIES = 0.01, 10
+# One over the highest floor that is tried.
+_FEWEST = 1.1
 
 
 def selection_of(plan: SelectionPlan) -> Selection:
@@ -79,43 +77,44 @@ def adopted_floors(planned: PlannedCache, directory: Path) -> PlannedCache | Non
 
 
 def find_floors(planned: PlannedCache, sample: HiddenSample, *, progress: Progress) -> PlannedCache:
-    """The plan with floors that meet its bytes per position on ``sample``.
+    """The plan with the floor, one for all declared temperatures, that meets its bytes per position on ``sample``.
 
     Raises:
         RecipeError: text and labels alone take more than the budget.
     """
-    budget = planned.plan.selection.bytes_per_position
+    budget, temperatures = planned.plan.selection.bytes_per_position, planned.plan.selection.temperatures
     if budget is None:
         return planned
-    scale = FloorScale.of(sample, selection_of(planned.plan.selection))
 
-    def size(n: float) -> float:
-        return bytes_per_position(planned.with_floors(scale.floors(n)), sample)
+    def with_floor(n: float) -> PlannedCache:
+        floor = max(float(f"{1.0 / n:.3g}"), MINIMUM_FLOOR)
+        return planned.with_floors((floor,) * len(temperatures))
 
-    # Bytes grow almost linearly in n: a secant from two points is there in a few steps.
-    low, high = (1.0, size(1.0)), (8.0, size(8.0))
+    def tried(n: float) -> tuple[float, float]:
+        return n, bytes_per_position(with_floor(n), sample)
+
+    # Bytes grow almost linearly in 1 / floor, at least for a while: a secant is there in a few steps.
+    low, high = tried(_FEWEST), tried(10.0)
     if low[1] > budget * (1 + _CLOSE_ENOUGH):
         raise RecipeError(
-            f"selection.bytes_per_position {budget:g} is too small: text, labels and one entry per temperature take "
-            f"{low[1]:.1f} bytes per position on this data"
+            f"selection.bytes_per_position {budget:g} is too small: text, labels and hardly an entry take {low[1]:.1f} "
+            "bytes per position on this data"
         )
-    best = min(low, high, key=lambda tried: abs(tried[1] - budget))
+    best = min(low, high, key=lambda point: abs(point[1] - budget))
     for _ in range(_TRIES):
         if abs(best[1] / budget - 1) <= _CLOSE_ENOUGH or low[0] == high[0]:
             break
-        slope = max((high[1] - low[1]) / (high[0] - low[0]), 1e-3)
-        n = float(np.clip(high[0] + (budget - high[1]) / slope, 1.0, min(_MOST_ENTRIES, 4 * high[0])))
-        low, high = high, (n, size(n))
-        best = min(best, high, key=lambda tried: abs(tried[1] - budget))
-    n, reached = best
-    found = planned.with_floors(scale.floors(n))
-    named = found.plan.selection.floors
-    floors = ", ".join(f"{f:g} at T = {t:g}" for f, t in zip(named, scale.temperatures, strict=True))
+        slope = max((high[1] - low[1]) / (high[0] - low[0]), 1e-4)
+        n = float(np.clip(high[0] + (budget - high[1]) / slope, _FEWEST, min(1.0 / MINIMUM_FLOOR, 4 * high[0])))
+        low, high = high, tried(n)
+        best = min(best, high, key=lambda point: abs(point[1] - budget))
+    found = with_floor(best[0])
+    floor = found.plan.selection.floors[0]
     progress.message(
-        f"probability floors for {budget:g} bytes per position: {floors} ({reached:.1f} bytes on {len(sample):,} positions)"
+        f"probability floor for {budget:g} bytes per position: {floor:g} ({best[1]:.1f} bytes on {len(sample):,} positions)"
     )
-    if reached < budget * 0.95:
-        lowest = min(named) <= MINIMUM_FLOOR
+    if best[1] < budget * 0.95:
+        lowest = floor <= MINIMUM_FLOOR
         why = f"no floor below {MINIMUM_FLOOR:g} is allowed" if lowest else "selection.k, or all there is, is reached"
         progress.message(f"the budget is not used up: {why}")
     return found
@@ -143,52 +142,3 @@ def shard_content(rows: list[TokenRow], sparse: SparseRows) -> ShardContent:
         targets=np.concatenate([r.targets for r in rows]),
         rows=sparse,
     )
-
-
-@dataclass(frozen=True)
-class FloorScale:
-    """Entries that a position keeps on average, as a function of the floor, per temperature.
-
-    Attributes:
-        temperatures: declared temperatures.
-        counts: float64 ``[B, bins]``, entries per position by their log-probability, likeliest first.
-        masses: float64 ``[B, bins]``, their probability.
-        drawn: whether entries below the floor are drawn, or left out.
-    """
-
-    temperatures: tuple[float, ...]
-    counts: NDArray[np.float64]
-    masses: NDArray[np.float64]
-    drawn: bool
-
-    @classmethod
-    def of(cls, sample: HiddenSample, selection: Selection) -> FloorScale:
-        """Histograms over the sample's positions."""
-        counts, masses = (np.zeros((len(selection.temperatures), _BINS)) for _ in range(2))
-        plain = Selection("top_k", selection.temperatures, k=1)
-
-        def count(logits: torch.Tensor, labels: torch.Tensor, uniforms: Uniforms | None) -> Selected:
-            for column, t in enumerate(selection.temperatures):
-                for row in (logits / t).split(8):
-                    log_p = torch.log_softmax(row, dim=1)
-                    bins = (log_p * -_BINS_PER_E).clamp_(0, _BINS - 1).to(torch.int64).flatten()
-                    counts[column] += torch.bincount(bins, minlength=_BINS).cpu().numpy()
-                    weights = log_p.exp_().flatten()
-                    masses[column] += torch.bincount(bins, weights=weights, minlength=_BINS).cpu().numpy()
-            return select(logits, labels, plain)
-
-        positions = len(sample.select(count))
-        return cls(selection.temperatures, counts / positions, masses / positions, selection.uniforms > 0)
-
-    def floors(self, n: float) -> tuple[float, ...]:
-        """The floor at which each temperature alone keeps ``n`` entries on average, to three digits."""
-        edges = np.exp(-np.arange(1, _BINS + 1) / _BINS_PER_E)
-        found = []
-        for counts, masses in zip(self.counts, self.masses, strict=True):
-            kept = np.cumsum(counts)
-            if self.drawn:
-                kept = kept + (masses.sum() - np.cumsum(masses)) / edges
-            # Rises as the floor falls.
-            floor = float(np.exp(np.interp(np.log(n), np.log(np.maximum(kept, 1e-9)), np.log(edges))))
-            found.append(float(f"{min(max(floor, MINIMUM_FLOOR), 0.99):.3g}"))
-        return tuple(found)

@@ -3,9 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from kdcache.cache.layout import MANIFEST_FILE, MINIMUM_FLOOR
 from kdcache.cache.reader import open_cache, read_plan, shard_path
@@ -13,7 +11,7 @@ from kdcache.errors import CacheError, PlanMismatchError, RecipeError
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.teacher import capture as capture_module
-from kdcache.teacher.budget import FloorScale, adopted_floors, bytes_per_position, find_floors, selection_of
+from kdcache.teacher.budget import adopted_floors, bytes_per_position, find_floors
 from kdcache.teacher.capture import capture, load_teacher
 from kdcache.teacher.planning import plan_cache
 from kdcache.teacher.sample import HiddenSample, hidden_sample, sample_rows
@@ -139,28 +137,13 @@ def test_floors_of_another_plan_are_refused_before_the_teacher_is_loaded(values,
         adopted_floors(planned, tmp_path / "thesis")
 
 
-@pytest.mark.parametrize("method", ["threshold_sampling", "threshold"])
-def test_floors_fall_as_more_is_kept_and_keep_what_they_say(measured, method):
+def test_one_floor_serves_every_temperature(measured):
     planned, sample = measured
-    chosen = planned.plan.selection.model_copy(update={"method": method})
-    scale = FloorScale.of(sample, selection_of(chosen))
-    numbers = [1.5, 2.0, 4.0, 8.0, 16.0, 32.0]
-    floors = np.array([scale.floors(n) for n in numbers])
-    steps = np.diff(floors, axis=0)
-    assert (steps <= 0).all()
-    assert (steps[floors[1:] > MINIMUM_FLOOR] < 0).all()
-    assert (floors > MINIMUM_FLOOR).sum() >= 8
-    dense = torch.cat([sample.teacher.head.logits(h) for _, h, _ in sample.hidden]).double()
-    for column, t in enumerate(planned.plan.selection.temperatures):
-        p = torch.softmax(dense / t, dim=1)
-
-        def kept(floor, p=p):
-            each = (p / floor).clamp(max=1.0) if method == "threshold_sampling" else (p >= floor).double()
-            return float(each.sum(dim=1).mean())
-
-        for n, floor in zip(numbers, floors[:, column], strict=True):
-            # Right but for one bin of the histogram, a sixteenth of e wide, and three digits.
-            assert kept(floor * np.exp(0.07)) <= n * 1.001, (t, n)
-            if floor > MINIMUM_FLOOR:
-                assert n <= kept(floor * np.exp(-0.07)) * 1.001, (t, n)
-    assert scale.floors(1e9) == (MINIMUM_FLOOR,) * 2
+    for temperatures in ((1.0,), (0.7, 1.0, 3.0)):
+        changes = {"bytes_per_position": 40.0, "temperatures": temperatures, "floors": (0.5,) * len(temperatures)}
+        selection = planned.plan.selection.model_copy(update=changes)
+        asking = dataclasses.replace(planned, plan=planned.plan.model_copy(update={"selection": selection}))
+        found = find_floors(asking, sample, progress=Silent())
+        assert len(found.plan.selection.floors) == len(temperatures)
+        assert len(set(found.plan.selection.floors)) == 1
+        assert bytes_per_position(found, sample) == pytest.approx(40.0, rel=0.02)
