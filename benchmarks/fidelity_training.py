@@ -28,10 +28,10 @@ from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.student.collate import IGNORED, Collator
 from kdcache.student.forward import loss_sums
-from kdcache.teacher.budget import shard_content
 from kdcache.teacher.capture import load_teacher
 from kdcache.teacher.draws import uniforms
 from kdcache.teacher.planning import plan_cache
+from kdcache.teacher.sample import shard_content
 from kdcache.teacher.select import Selection, select
 
 BUDGETS = (24, 42, 64, 96, 192, 384)

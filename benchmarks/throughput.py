@@ -134,10 +134,11 @@ def teacher_table(teacher: str, data: str) -> None:
     """The teacher pass beside a bare forward pass, and where the difference goes."""
     from kdcache.progress import Silent
     from kdcache.recipe import parse_recipe
-    from kdcache.teacher.budget import chance_of, selection_of, shard_content
     from kdcache.teacher.capture import load_teacher
+    from kdcache.teacher.draws import chance_of
     from kdcache.teacher.forward import LOGIT_BYTES, length_buckets
     from kdcache.teacher.planning import plan_cache
+    from kdcache.teacher.sample import shard_content
 
     recipe = parse_recipe({
         "output": "runs/none",
@@ -148,7 +149,7 @@ def teacher_table(teacher: str, data: str) -> None:
     })  # fmt: skip
     planned = plan_cache(recipe, Silent())
     forward, rows = load_teacher(recipe, planned), planned.rows[0]
-    chosen, numbers, thin = chance_of(planned, selection_of(planned.plan.selection), 0)
+    chosen, numbers, thin = chance_of(planned.plan, 0)
     positions = sum(r.positions for r in rows)
 
     @torch.inference_mode()

@@ -161,7 +161,7 @@ def fidelity(
 
     progress = _progress()
     options: dict[str, Any] = {"student": student, "positions": positions, "compare": compare, "progress": progress}
-    if what.is_dir():
+    if what.is_dir() or what.suffix not in (".yaml", ".yml"):
         if overrides:
             raise RecipeError(f"{overrides[0]} is a recipe key, but {what} is a cache; give a recipe to change keys")
         report = cache_fidelity(what, teacher=teacher, **options)

@@ -18,6 +18,8 @@ from kdcache.recipe_keys import explain
 from kdcache.recipe_selection import Section, SelectionSection
 from kdcache.recipe_yaml import read_values
 
+# Bytes of an entry before compression, and what compression makes of one at least.
+_ENTRY_BYTES, _UNPACKED = 5, 3
 Quantization = Literal["none", "nf4", "int8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
@@ -213,13 +215,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _shards_fit(self) -> Recipe:
-        entry_bytes, chosen = 5, self.selection
+        chosen = self.selection
         entries = {"random_sampling": chosen.draws + 1, "threshold_sampling": 0}.get(chosen.method, chosen.k)
-        if entries * self.cache.positions_per_shard * entry_bytes > SHARD_LIMIT // 2:
+        if chosen.method == "threshold_sampling" and chosen.floors is not None:
+            # What reaches a floor, and what is drawn below it: so many on average at most.
+            entries = round(sum(1 / floor for floor in chosen.floors))
+        largest = max(entries * _ENTRY_BYTES, _UNPACKED * chosen.bytes_per_position * (chosen.floors is None))
+        if largest * self.cache.positions_per_shard > SHARD_LIMIT // 2:
             raise ValueError(
-                f"selection.{'draws' if chosen.method == 'random_sampling' else 'k'} {entries} times "
-                f"cache.positions_per_shard {self.cache.positions_per_shard} makes "
-                f"shards of more than {SHARD_LIMIT // 2:,} bytes; lower one of them"
+                f"cache.positions_per_shard {self.cache.positions_per_shard} makes shards of more than "
+                f"{SHARD_LIMIT // 2:,} bytes with this selection; lower it"
             )
         return self
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -63,6 +63,16 @@ class SelectionSection(Section):
     quantile: float = Field(
         0.0, ge=0, lt=1, description="entropy, loss: share of each sequence's positions that is dropped."
     )
+
+    def recorded(self) -> dict[str, Any]:
+        """What a plan records: a key that the method does not use is recorded with its default."""
+        values = self.model_dump()
+        unused = {"draws"} if self.method != "random_sampling" else set()
+        unused |= {"k"} if self.method not in ("top_k", "threshold") else set()
+        defaults = {key: type(self).model_fields[key].default for key in unused}
+        if not self.method.startswith("threshold") or self.floors is not None:
+            defaults["bytes_per_position"] = None
+        return {**values, **defaults}
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectionSection:

@@ -129,7 +129,7 @@ def fidelity_rows(report: FidelityReport) -> list[tuple[str, ...]]:
             rows.append((
                 setting.name, f"{f.temperature:g}", f"{setting.bytes_per_position:.1f}",
                 f"{f.kept_mass:.3f}", f"{f.kept_mass_p1:.2f}", f"{f.kl:.3f}", f"{f.kl_p99:.2f}",
-                f"{f.total_variation:.3f}", f"{f.top_1:.3f}",
+                f"{f.total_variation:.2f}", f"{f.top_1:.3f}",
                 "-" if f.gradient_cosine is None else f"{f.gradient_cosine:.3f}",
                 "-" if f.gradient_error is None else f"{f.gradient_error:.4f}",
             ))  # fmt: skip

@@ -30,6 +30,7 @@ def check_rows(rows: SparseRows) -> None:
     _refuse(5, "a row without exact entries is empty", (rows.head < 1) & (rows.tail > 0))
     if not design.sampled:
         _refuse(5, "no entry is drawn", rows.tail > 0)
+    _refuse(14, f"a row holds at most {design.entry_limit} entries", rows.head + rows.tail > design.entry_limit)
     _check_entries(rows)
     kept, limit = rows.kept, np.float32(REST_LIMIT)
     with np.errstate(invalid="ignore"):

@@ -185,7 +185,7 @@ def decode_shard(
             tokens=expected.tokens,
             positions=expected.positions,
             design=design,
-            entries_limit=expected.positions * plan.selection.entry_limit(design.vocab_size),
+            entries_limit=expected.positions * design.entry_limit,
             limit=min(limit, layout.SHARD_LIMIT),
         )
         if record.plan_digest != plan.digest:

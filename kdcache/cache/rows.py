@@ -12,13 +12,14 @@ stored. With ``L = log sum_head exp(logits / T)`` the log-partition is ``L + log
 ``log p_T(v) = logits / T - log_partition(T)``.
 
 **Draws** (`RowDesign`): with ``floors`` an entry is in the head where its probability reaches the floor tau_b at any
-declared T_b, and otherwise drawn with probability ``pi = max_b p_b / tau_b``; at T it then stands for ``p_T / pi``, which
+declared T_b (or is the row's largest), and otherwise drawn with probability ``pi = max_b p_b / tau_b``; at T it then stands for ``p_T / pi``, which
 is tau where one temperature is declared (threshold sampling; Horvitz & Thompson 1952). With ``draws`` it stands for its
 share of that many draws with replacement (random sampling, Anshumann et al., ACL 2025).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -41,6 +42,7 @@ class RowDesign:
         draws: draws per row where the row is drawn with replacement at the only declared temperature; else 0.
         tail_logits: whether each drawn entry carries its own logit; if not, a row's share their mean.
         some_empty: whether rows may be left empty (positions that were not selected).
+        k: entries of a row at most, where neither floors nor draws bound them.
     """
 
     temperatures: tuple[float, ...]
@@ -49,6 +51,15 @@ class RowDesign:
     draws: int = 0
     tail_logits: bool = True
     some_empty: bool = False
+    k: int = (1 << 16) - 1
+
+    @property
+    def entry_limit(self) -> int:
+        """Entries that a row can hold at most."""
+        if self.floors:
+            # At most 1 / tau entries reach tau, and a tail of that much mass is drawn at most once per tau, and once more.
+            return min(2 * sum(math.ceil(1.0 / tau) + 1 for tau in self.floors), 2 * self.vocab_size)
+        return min(self.draws + 1 if self.draws else self.k, self.vocab_size)
 
     @property
     def sampled(self) -> bool:
@@ -197,7 +208,7 @@ class SparseRows:
         """What entries stand for at ``temperature``: float32 ``[H]`` and ``[M]``, logarithms.
 
         Args:
-            temperature: T.
+            temperature: T; the declared one where rows were drawn with replacement or carry no tail logits.
             log_partition: float64 ``[P]``, as `log_partition_at` gives it at T.
         """
         beta = np.float32(1.0 / temperature)
@@ -212,15 +223,8 @@ class SparseRows:
                 np.maximum(reach, self.tail_logits * np.float32(1.0 / t) - shift, out=reach)
             tail -= reach
         if design.draws and self.head_counts is not None and self.tail_counts is not None:
-            # Importance weights where T is not the temperature of the draws.
-            drawn_at = design.temperatures[0]
-            log_q = self.log_partition_at(drawn_at).astype(np.float32)
-            shift, other = log_q - np.log(np.float32(design.draws)), np.float32(1.0 / drawn_at)
             with np.errstate(divide="ignore"):
-                head += np.log(self.head_counts.astype(np.float32))
-                tail += np.log(self.tail_counts.astype(np.float32))
-            head += np.repeat(shift, self.head) - self.head_logits * other
-            tail += np.repeat(shift, self.tail) - self.tail_logits * other
+                return tuple(np.log(c.astype(np.float32) / design.draws) for c in (self.head_counts, self.tail_counts))
         return head, tail
 
 

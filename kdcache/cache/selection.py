@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -66,11 +65,5 @@ class SelectionPlan(Strict):
             draws=self.draws if self.method == "random_sampling" else 0,
             tail_logits=self.tail_logits,
             some_empty=thinned,
+            k=self.k if self.method in ("top_k", "threshold") else vocab_size,
         )
-
-    def entry_limit(self, vocab_size: int) -> int:
-        """Entries that a row can hold at most."""
-        if self.method == "threshold_sampling":
-            # At most 1 / tau entries reach tau, and a tail of that much mass is drawn at most once per tau, and once more.
-            return min(2 * sum(math.ceil(1.0 / tau) + 1 for tau in self.floors), 2 * vocab_size)
-        return min(self.draws + 1 if self.method == "random_sampling" else self.k, vocab_size)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from kdcache.head import Head
 
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 4.0)
+# Hidden sizes above this are projected onto so many random directions: the gradient of a real head has too many numbers
+# to be kept for every setting, and its norms and angles survive (Johnson & Lindenstrauss 1984).
+_DIRECTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,12 @@ class FidelityMeter:
         self.positions = 0
 
     def add(
-        self, logits_CV: torch.Tensor, settings: dict[str, SparseRows], student_hidden_CD: torch.Tensor | None = None
+        self,
+        logits_CV: torch.Tensor,
+        settings: dict[str, SparseRows],
+        student_hidden_CD: torch.Tensor | None = None,
+        *,
+        only: dict[str, tuple[float, ...]] | None = None,
     ) -> None:
         """One chunk.
 
@@ -80,12 +88,14 @@ class FidelityMeter:
             logits_CV: the teacher's full logits, float32.
             settings: by name, the rows of these positions as they come back from a cache.
             student_hidden_CD: the student's hidden states at these positions.
+            only: temperatures of settings that are not wanted at all of them.
         """
         self.positions += len(logits_CV)
         best_C = logits_CV.argmax(dim=1)
         student_CV = None
         if self._student is not None and student_hidden_CD is not None:
-            student_CV, student_hidden_CD = self._student.logits(student_hidden_CD), student_hidden_CD.float()
+            student_CV = self._student.logits(student_hidden_CD)
+            student_hidden_CD = _projected(student_hidden_CD.float())
         for t in self.temperatures:
             log_p_CV = torch.log_softmax(logits_CV / t, dim=1)
             q_CV = None
@@ -94,7 +104,8 @@ class FidelityMeter:
                 full = t * (q_CV - log_p_CV.exp()).T @ student_hidden_CD
                 self._full_VD[t] = self._full_VD[t] + full if t in self._full_VD else full
             for name, rows in settings.items():
-                if t >= rows.design.temperatures[0] and (rows.design.tail_logits or t in rows.design.temperatures):
+                wanted = t in (only or {}).get(name, self.temperatures)
+                if wanted and t >= rows.design.temperatures[0]:
                     sums = self._sums.setdefault((name, t), _Sums())
                     _add(sums, log_p_CV, best_C, rows, t, q_CV, student_hidden_CD)
 
@@ -126,6 +137,15 @@ class FidelityMeter:
                 )
             )
         return found
+
+
+def _projected(hidden_CD: torch.Tensor) -> torch.Tensor:
+    size = hidden_CD.shape[1]
+    if size <= _DIRECTIONS:
+        return hidden_CD
+    directions = torch.randn(size, _DIRECTIONS, generator=torch.Generator().manual_seed(0)) * _DIRECTIONS**-0.5
+    projected: torch.Tensor = hidden_CD @ directions.to(hidden_CD.device)
+    return projected
 
 
 def _add(

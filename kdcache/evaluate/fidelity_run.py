@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import zstandard
 
@@ -20,21 +21,24 @@ from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.cache.selection import SelectionPlan
 from kdcache.cache.shard import pack
 from kdcache.data.tokens import TokenRow
-from kdcache.errors import CacheError, RecipeError
+from kdcache.errors import CacheError, ModelError, RecipeError
 from kdcache.evaluate.fidelity import TEMPERATURES, Fidelity, FidelityMeter
 from kdcache.models import identify, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
-from kdcache.teacher.budget import find_floors, sample_content, shard_content
+from kdcache.teacher.budget import find_floors, sample_content
 from kdcache.teacher.capture import load_teacher, settle_floors
 from kdcache.teacher.forward import LOGIT_BYTES, TeacherForward
 from kdcache.teacher.planning import PlannedCache, plan_cache, teacher_sections
-from kdcache.teacher.sample import HiddenSample, hidden_sample, sample_rows
-from kdcache.token_maps import TokenMap
+from kdcache.teacher.sample import HiddenSample, hidden_sample, sample_rows, shard_content
+from kdcache.teacher.select import Selection, select
+from kdcache.token_maps import TokenMap, load_tokenizer, refuse_other_tokens, token_map
 
 if TYPE_CHECKING:
     from kdcache.recipe import Recipe
 
 CHOSEN = "chosen"
+# Nats that another GPU or library may move a label's log-probability by, on average.
+_SAME_TEACHER = 0.1
 # Settings beside the chosen one: what they change in the plan's selection.
 COMPARED: dict[str, dict[str, Any]] = {
     **{
@@ -111,19 +115,34 @@ def cache_fidelity(
     cache = open_cache(directory)
     plan, identity = cache.plan, cache.plan.teacher
     name = teacher or identity.name
-    found = identify(name, identity.revision if teacher is None else None)
-    if found.fingerprint != identity.fingerprint:
+    try:
+        found = identify(name, identity.revision)
+    except ModelError as exc:
+        raise CacheError(
+            f"the teacher of {directory} is not found at {name}; say where it lies with --teacher"
+        ) from exc
+    # A folder copied from the Hub has a fingerprint of its files, the plan one of repository and commit.
+    copied = Path(name).is_dir() and identity.revision is not None
+    if found.fingerprint != identity.fingerprint and not copied:
         raise CacheError(
             f"{name} is not the teacher of {directory}: its fingerprint is {found.fingerprint[:12]}, the plan's "
             f"{identity.fingerprint[:12]} ({identity.name}); give that model with --teacher"
         )
     rows, stored = _cached_sample(cache, positions)
-    model = load_model(name, revision=identity.revision, quantization=identity.quantization, dtype=identity.dtype)
+    revision = None if copied else identity.revision
+    model = load_model(name, revision=revision, quantization=identity.quantization, dtype=identity.dtype)
     forward = TeacherForward(model, vocab_size=cache.vocab_size, pad_id=plan.tokenizer.pad_id)
     planned = PlannedCache(plan, (rows,), TokenMap(cache.vocabulary(), plan.tokenizer.fingerprint))
     sample = hidden_sample(forward, rows, batch_tokens=identity.batch_tokens)
     order = {id(row): i for i, row in enumerate(rows)}
     content = shard_content(sample.rows, concatenate([stored[order[id(row)]] for row in sample.rows]))
+    again = sample.select(lambda logits, labels, _: select(logits, labels, Selection("top_k", (1.0,), k=1)))
+    difference = float(np.abs(again.label_log_prob - content.rows.label_log_prob).mean())
+    if difference > _SAME_TEACHER:
+        raise CacheError(
+            f"{name} is not the teacher of {directory}: its log-probabilities of the labels are off by {difference:.2f} nats "
+            "on average; give the cache's teacher with --teacher"
+        )
     return _report(planned, sample, content, student=student, compare=compare, progress=progress)
 
 
@@ -136,7 +155,7 @@ def recipe_fidelity(
         KdcacheError: as `capture` would.
     """
     progress = progress or Silent()
-    planned, forward = settle_floors(recipe, plan_cache(recipe, progress), progress)
+    planned, forward = settle_floors(recipe, plan_cache(recipe, progress), progress, writing=False)
     forward = forward or load_teacher(recipe, planned)
     _, section = teacher_sections(recipe)
     rows = sample_rows(planned, batch_tokens=section.batch_tokens, positions=positions)
@@ -156,6 +175,9 @@ def _report(
     compare: bool,
     progress: Progress,
 ) -> FidelityReport:
+    # What can be refused is, before anything takes long.
+    if student is not None:
+        refuse_other_tokens(token_map(load_tokenizer(student)), planned.tokens.tokens, student)
     contents, plans = {CHOSEN: chosen}, {CHOSEN: planned}
     for name, changes in COMPARED.items() if compare else ():
         try:
@@ -207,6 +229,8 @@ def _measure(
 ) -> None:
     head = sample.teacher.head
     # Several dense arrays of a chunk's size live at once.
+    declared = stored[CHOSEN].design.temperatures
+    only = {name: declared for name in stored if name != CHOSEN}
     chunk, start = max(1, LOGIT_BYTES // (16 * head.width)), 0
     for members, hidden_PD, labels_P in sample.hidden:
         of_student = None if student is None else student.hidden(members)[0]
@@ -216,6 +240,7 @@ def _measure(
                 head.logits(hidden_PD[first:last]),
                 {name: rows.slice(start + first, start + last) for name, rows in stored.items()},
                 None if of_student is None else of_student[first:last],
+                only=only,
             )
             progress.advance(last - first)
         start += len(labels_P)

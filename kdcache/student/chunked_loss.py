@@ -135,8 +135,11 @@ def _chunk(
     )
     outcome = divergence_of(settings.divergence, settings.beta)(bins)
     ce_C = log_z_1 - label_C
+    # A row that says nothing of the teacher, not even of a rest, costs nothing whatever the divergence.
+    silent_C = empty_C1.squeeze(1) & torch.isneginf(teacher.log_tail_N)
+    value_C = outcome.value_C.masked_fill(silent_C, 0.0)
     if not with_gradient:
-        return ce_C, outcome.value_C
+        return ce_C, value_C
     kd = settings.kd_weight * temperature
     top_T_C, nothing = sums.top_C / temperature, torch.isneginf(sums.log_sum_T_C)
 
@@ -150,14 +153,15 @@ def _chunk(
     if kd:
         share_C = relative(top_T_C - sums.log_sum_T_C)
         factor_T = kd * (outcome.by_q_C * relative(top_T_C - log_z_T) + outcome.by_share_C * share_C)
-        on_kept = kd * outcome.on_kept_CK
+        factor_T = factor_T.masked_fill(silent_C, 0.0)
+        on_kept = (kd * outcome.on_kept_CK).masked_fill(silent_C[:, None], 0.0)
     if settings.ce_weight:
         factor_1 = settings.ce_weight * relative(sums.top_C - log_z_1)
         on_kept = on_kept + settings.ce_weight * (head_CK - log_z_1[:, None]).exp()
     grad_CV = passes.outside_gradient_(logits_CV, sums, factor_T, factor_1, temperature)
     grad_CV.scatter_add_(1, ids_CK, on_kept)
     grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(label_C, -settings.ce_weight)[:, None])
-    return ce_C, outcome.value_C
+    return ce_C, value_C
 
 
 def _passes(hidden_ND: torch.Tensor) -> ModuleType:

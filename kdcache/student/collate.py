@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.codec import CachedSequence
-from kdcache.cache.rows import SparseRows, concatenate
-from kdcache.errors import CacheError
+from kdcache.cache.rows import RowDesign, SparseRows, concatenate
 from kdcache.student.loss import SparseTeacher
 
 IGNORED = -100
@@ -30,7 +29,7 @@ class Collator:
     Args:
         pad_id: token that fills short sequences; masked.
         temperature: the T at which the teacher's log-probabilities are wanted.
-        tail: the mass outside the exact entries. ``auto``: drawn entries where the rows have them, otherwise one bucket;
+        tail: the mass outside the exact entries. ``auto``: drawn entries where the rows have them, up to the largest declared temperature, otherwise one bucket;
             ``lumped``: one bucket with its exact mass; ``renormalised``: ignored.
     """
 
@@ -75,15 +74,10 @@ def sparse_teacher(rows: SparseRows, temperature: float, tail: Tail = "auto") ->
     """Teacher distributions at ``temperature`` as the loss takes them; short rows are filled up, empty ones stay empty.
 
     Raises:
-        CacheError: the temperature is below every declared one, or not the one at which rows without tail logits were drawn.
+        CacheError: the temperature is below every declared one.
     """
     design = rows.design
-    sampled = tail == "auto" and design.sampled
-    if sampled and not design.tail_logits and temperature not in design.temperatures:
-        raise CacheError(
-            f"the cache's drawn entries carry no logits and stand for their mass at T = {design.temperatures[0]:g} alone, "
-            f"not at {temperature:g}; use that temperature, loss.tail lumped, or a cache with selection.tail_logits"
-        )
+    sampled = tail == "auto" and uses_draws(design, temperature)
     log_z = rows.log_partition_at(temperature)
     drawn = rows.tail if sampled else np.zeros_like(rows.tail)
     width = max(1, int((rows.head + drawn).max())) if len(rows) else 1
@@ -112,6 +106,14 @@ def sparse_teacher(rows: SparseRows, temperature: float, tail: Tail = "auto") ->
         log_weights_NK=None if weights is None else torch.from_numpy(weights),
     )
     return teacher.renormalised() if tail == "renormalised" else teacher
+
+
+def uses_draws(design: RowDesign, temperature: float) -> bool:
+    """Whether drawn entries stand for the rest at this temperature.
+
+    Above the declared temperatures they do not: entries that were hardly ever drawn would weigh too much there.
+    """
+    return design.sampled and temperature <= max(design.temperatures)
 
 
 def _log_outside(rows: SparseRows, temperature: float, log_z: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from kdcache.progress import Progress, Silent
 from kdcache.recipe import LossSection, Recipe, StudentSection
 from kdcache.student.agreement import TRAIN, VALIDATION, refuse_low_temperature, refuse_other_cache
 from kdcache.student.arguments import training_arguments
-from kdcache.student.collate import Collator, Tail
+from kdcache.student.collate import Collator, Tail, uses_draws
 from kdcache.student.log import CsvLog
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
 from kdcache.student.trainer import DistillationTrainer, ProgressCallback, SplitDataset
@@ -154,19 +154,22 @@ def _trainer(
     progress: Progress,
 ) -> DistillationTrainer:
     loss, summary = recipe.loss, cache.split(TRAIN).summary
-    sampled = cache.plan.design(0).sampled and tail_of(loss) == "auto"
+    design = cache.plan.design(0)
+    sampled = tail_of(loss) == "auto" and uses_draws(design, loss.temperature)
+    rest = "drawn" if sampled else "ignored" if loss.tail == "renormalised" else "one bucket"
     if loss.temperature in cache.temperatures:
         mass = summary.kept_mass_mean[cache.temperatures.index(loss.temperature)]
         tell = progress.warning if mass < _LOW_MASS and not sampled else progress.message
         tell(
-            f"the exact entries hold {mass:.1%} of the teacher's probability at T = {loss.temperature:g}; the rest is "
-            + {"auto": "drawn" if sampled else "one bucket", "lumped": "one bucket"}.get(tail_of(loss), "ignored")
+            f"the exact entries hold {mass:.1%} of the teacher's probability at T = {loss.temperature:g}; the rest is {rest}"
         )
     else:
         declared = ", ".join(f"{t:g}" for t in cache.temperatures)
-        progress.message(
-            f"the cache states its partition at T = {declared}; at T = {loss.temperature:g} the mass outside the kept "
-            "entries is interpolated"
+        tell = progress.message if sampled or not design.sampled else progress.warning
+        tell(
+            f"the cache declares T = {declared}; at T = {loss.temperature:g} the mass outside the exact entries is "
+            f"interpolated, and the rest is {rest}"
+            + (": drawn entries serve up to the largest declared temperature" if design.sampled and not sampled else "")
         )
     if recipe.training.optimizer.startswith("paged_") and arguments.device.type == "cpu":
         progress.message(

@@ -15,7 +15,7 @@ class SparseTeacher:
     """Teacher distributions at one temperature.
 
     Attributes:
-        ids_NK: int64 vocabulary ids; a short row repeats its first id.
+        ids_NK: int64 vocabulary ids; places that fill a short row hold any id.
         log_probs_NK: float32 log-probabilities at T; ``-inf`` marks a place that only fills a short row.
         log_tail_N: float32 log of the mass outside the kept entries as one bucket, ``-inf`` for none.
         log_weights_NK: float32 log of what each entry stands for, where that is not its probability: the weight of

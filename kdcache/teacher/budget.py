@@ -9,7 +9,6 @@ to the budget.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,50 +16,22 @@ import numpy as np
 from kdcache.cache.codec import ShardContent, encode
 from kdcache.cache.layout import MINIMUM_FLOOR
 from kdcache.cache.reader import read_plan
-from kdcache.cache.rows import SparseRows
 from kdcache.cache.shard import pack
 from kdcache.cache.writer import refuse_occupied, refuse_other_plan
-from kdcache.data.tokens import TokenRow
 from kdcache.errors import RecipeError
 from kdcache.progress import Progress
-from kdcache.teacher import draws
-from kdcache.teacher.forward import Select, Thin, Uniforms
+from kdcache.teacher.draws import chance_of
 from kdcache.teacher.planning import PlannedCache
-from kdcache.teacher.sample import HiddenSample
-from kdcache.teacher.select import Selection, select
+from kdcache.teacher.sample import HiddenSample, shard_content
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from kdcache.cache.selection import SelectionPlan
 
 SAMPLE_POSITIONS = 4096
 _CLOSE_ENOUGH, _TRIES = 0.01, 10
 # One over the highest floor that is tried.
 _FEWEST = 1.1
-
-
-def selection_of(plan: SelectionPlan) -> Selection:
-    """The plan's selection as the value `select` takes."""
-    return Selection(
-        plan.method, plan.temperatures, plan.k, plan.floors, plan.draws, plan.tail_logits, plan.positions == "entropy"
-    )
-
-
-def chance_of(
-    planned: PlannedCache, selection: Selection, split: int
-) -> tuple[Select, Callable[[TokenRow], Uniforms] | None, Thin | None]:
-    """How rows of a split are selected, the numbers behind their draws, and which positions are left out."""
-    plan = planned.plan
-    chosen: Select = lambda logits, labels, uniforms: select(logits, labels, selection, uniforms)  # noqa: E731
-    numbers = None
-    if selection.uniforms:
-        numbers = partial(draws.uniforms, plan.digest, per_position=selection.uniforms)
-    thin = None
-    if plan.design(split).some_empty:
-        thin = partial(draws.thin, by=plan.selection.positions, quantile=plan.selection.quantile)
-    return chosen, numbers, thin
 
 
 def adopted_floors(planned: PlannedCache, directory: Path) -> PlannedCache | None:
@@ -100,14 +71,19 @@ def find_floors(planned: PlannedCache, sample: HiddenSample, *, progress: Progre
             f"selection.bytes_per_position {budget:g} is too small: text, labels and hardly an entry take {low[1]:.1f} "
             "bytes per position on this data"
         )
-    best = min(low, high, key=lambda point: abs(point[1] - budget))
+
+    def gap(point: tuple[float, float]) -> tuple[bool, float]:
+        # Above the budget only where nothing below it has been found.
+        return point[1] > budget * (1 + _CLOSE_ENOUGH), abs(point[1] - budget)
+
+    best = min(low, high, key=gap)
     for _ in range(_TRIES):
         if abs(best[1] / budget - 1) <= _CLOSE_ENOUGH or low[0] == high[0]:
             break
         slope = max((high[1] - low[1]) / (high[0] - low[0]), 1e-4)
         n = float(np.clip(high[0] + (budget - high[1]) / slope, _FEWEST, min(1.0 / MINIMUM_FLOOR, 4 * high[0])))
         low, high = high, tried(n)
-        best = min(best, high, key=lambda point: abs(point[1] - budget))
+        best = min(best, high, key=gap)
     found = with_floor(best[0])
     floor = found.plan.selection.floors[0]
     progress.message(
@@ -129,16 +105,6 @@ def bytes_per_position(planned: PlannedCache, sample: HiddenSample) -> float:
 
 def sample_content(planned: PlannedCache, sample: HiddenSample) -> ShardContent:
     """The sample as a shard of this plan; positions are selected as in the first split."""
-    chosen, numbers, thin = chance_of(planned, selection_of(planned.plan.selection), 0)
+    chosen, numbers, thin = chance_of(planned.plan, 0)
     rows = sample.select(chosen, uniforms=numbers, thin=thin)
     return shard_content(sample.rows, replace(rows, design=planned.plan.design(0)))
-
-
-def shard_content(rows: list[TokenRow], sparse: SparseRows) -> ShardContent:
-    """Token rows and their sparse rows, laid end to end."""
-    return ShardContent(
-        lengths=np.array([len(r.ids) for r in rows], dtype=np.int64),
-        token_ids=np.concatenate([r.ids for r in rows]),
-        targets=np.concatenate([r.targets for r in rows]),
-        rows=sparse,
-    )

@@ -14,13 +14,15 @@ from pathlib import Path
 
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.writer import CacheWriter
+from kdcache.errors import CacheError
 from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
-from kdcache.teacher.budget import SAMPLE_POSITIONS, adopted_floors, chance_of, find_floors, selection_of, shard_content
+from kdcache.teacher.budget import SAMPLE_POSITIONS, adopted_floors, find_floors
+from kdcache.teacher.draws import chance_of
 from kdcache.teacher.forward import TeacherForward
 from kdcache.teacher.planning import PlannedCache, plan_cache, teacher_sections
-from kdcache.teacher.sample import hidden_sample, sample_rows
+from kdcache.teacher.sample import hidden_sample, sample_rows, shard_content
 
 # Shards that may wait for the writer: more would only hold memory.
 _QUEUED = 2
@@ -67,13 +69,22 @@ def capture(recipe: Recipe, progress: Progress | None = None) -> CaptureResult:
 
 
 def settle_floors(
-    recipe: Recipe, planned: PlannedCache, progress: Progress
+    recipe: Recipe, planned: PlannedCache, progress: Progress, *, writing: bool = True
 ) -> tuple[PlannedCache, TeacherForward | None]:
     """The plan with its probability floors: given, taken from the run that goes on, or found with the teacher (returned
-    where it had to be loaded)."""
+    where it had to be loaded).
+
+    Raises:
+        CacheError: ``writing``, and the cache directory holds something else, or another plan.
+    """
     if not planned.floors_open:
         return planned, None
-    adopted = adopted_floors(planned, Path(recipe.cache.directory))
+    try:
+        adopted = adopted_floors(planned, Path(recipe.cache.directory))
+    except CacheError:
+        if writing:
+            raise
+        adopted = None
     if adopted is not None:
         return adopted, None
     _, section = teacher_sections(recipe)
@@ -106,7 +117,6 @@ def _make_shards(
     progress: Progress,
 ) -> None:
     _, section = teacher_sections(recipe)
-    selection = selection_of(planned.plan.selection)
     written: deque[Future[int]] = deque()
 
     def collect(limit: int) -> None:
@@ -122,7 +132,7 @@ def _make_shards(
         try:
             for index in todo:
                 rows, split = planned.shard_rows(index), planned.plan.shards[index].split
-                chosen, numbers, thin = chance_of(planned, selection, split)
+                chosen, numbers, thin = chance_of(planned.plan, split)
                 sparse = teacher(
                     rows, chosen, batch_tokens=section.batch_tokens, uniforms=numbers, thin=thin, on_batch=on_batch
                 )

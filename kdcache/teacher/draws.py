@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.codec import sequence_digest
+from kdcache.cache.manifest import Plan
 from kdcache.cache.rows import SparseRows
+from kdcache.cache.selection import SelectionPlan
 from kdcache.data.tokens import TokenRow
+from kdcache.teacher.forward import Select, Thin, Uniforms
+from kdcache.teacher.select import Selection, select
 
 
 def uniforms(plan_digest: str, row: TokenRow, per_position: int) -> NDArray[np.float64]:
@@ -41,3 +47,23 @@ def thin(rows: SparseRows, entropy: NDArray[np.float32], *, by: str, quantile: f
     keep = np.ones(len(rows), dtype=bool)
     keep[np.argsort(-score, kind="stable")[len(rows) - math.floor(quantile * len(rows)) :]] = False
     return rows.emptied(keep)
+
+
+def selection_of(plan: SelectionPlan) -> Selection:
+    """The plan's selection as the value `select` takes."""
+    return Selection(
+        plan.method, plan.temperatures, plan.k, plan.floors, plan.draws, plan.tail_logits, plan.positions == "entropy"
+    )
+
+
+def chance_of(plan: Plan, split: int) -> tuple[Select, Callable[[TokenRow], Uniforms] | None, Thin | None]:
+    """How rows of a split are selected, the numbers behind their draws, and which positions are left out."""
+    selection = selection_of(plan.selection)
+    chosen: Select = lambda logits, labels, drawn: select(logits, labels, selection, drawn)  # noqa: E731
+    numbers = None
+    if selection.uniforms:
+        numbers = partial(uniforms, plan.digest, per_position=selection.uniforms)
+    thinning = None
+    if plan.design(split).some_empty:
+        thinning = partial(thin, by=plan.selection.positions, quantile=plan.selection.quantile)
+    return chosen, numbers, thinning

@@ -15,10 +15,10 @@ from kdcache.cache.shard import compress, pack, unpack
 from kdcache.cache.strict_json import canonical
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
-from kdcache.teacher.budget import chance_of, selection_of, shard_content
 from kdcache.teacher.capture import load_teacher, settle_floors
+from kdcache.teacher.draws import chance_of
 from kdcache.teacher.planning import plan_cache, teacher_sections
-from kdcache.teacher.sample import sample_rows
+from kdcache.teacher.sample import sample_rows, shard_content
 
 # Copies of a shard's arrays that the forward pass, the queue and the writer hold at the same time.
 _COPIES = 6
@@ -48,12 +48,14 @@ def estimate(recipe: Recipe, progress: Progress | None = None) -> Estimate:
         KdcacheError: as `capture` would.
     """
     started = time.monotonic()
-    planned, teacher = settle_floors(recipe, plan_cache(recipe, progress or Silent()), progress or Silent())
+    planned, teacher = settle_floors(
+        recipe, plan_cache(recipe, progress or Silent()), progress or Silent(), writing=False
+    )
     teacher = teacher or load_teacher(recipe, planned)
     plan, (_, section) = planned.plan, teacher_sections(recipe)
     once = time.monotonic() - started
     rows = sample_rows(planned, batch_tokens=section.batch_tokens, positions=_SAMPLE_POSITIONS)
-    chosen, numbers, thin = chance_of(planned, selection_of(plan.selection), 0)
+    chosen, numbers, thin = chance_of(plan, 0)
     run = partial(teacher, select=chosen, batch_tokens=section.batch_tokens, uniforms=numbers, thin=thin)
     run(rows[:1])  # first call pays for set-up
     cuda = teacher.device.type == "cuda"

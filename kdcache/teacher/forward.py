@@ -7,7 +7,8 @@ depends on the shard alone, so a shard comes out the same whoever makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,14 +86,7 @@ class TeacherForward:
         parts: dict[int, SparseRows] = {}
         for batch in length_buckets([len(r.ids) for r in rows], batch_tokens):
             members = [rows[i] for i in batch]
-            try:
-                done = self.rows_of(members, *self.hidden(members), select, uniforms=uniforms, thin=thin)
-            except torch.OutOfMemoryError as exc:
-                longest = max(len(r.ids) for r in members)
-                raise ModelError(
-                    f"the teacher ran out of memory on a batch of {len(batch)} sequences of at most {longest} tokens "
-                    f"(first: example {members[0].index}); lower teacher.batch_tokens, now {batch_tokens}"
-                ) from exc
+            done = self.rows_of(members, *self.hidden(members), select, uniforms=uniforms, thin=thin)
             parts |= dict(zip(batch, done, strict=True))
             on_batch(sum(map(len, done)))
         return concatenate([parts[i] for i in range(len(rows))])
@@ -117,10 +111,11 @@ class TeacherForward:
         # Chunks bound the logits; they depend on the batch alone.
         chunk = max(1, LOGIT_BYTES // (4 * self.head.width))
         selected = []
-        for start in range(0, len(labels_P), chunk):
-            span = slice(start, start + chunk)
-            logits = self.head.logits(hidden_PD[span])
-            selected.append(select(logits, labels_P[span], None if drawn is None else drawn[span]))
+        with _memory_enough_for(members):
+            for start in range(0, len(labels_P), chunk):
+                span = slice(start, start + chunk)
+                logits = self.head.logits(hidden_PD[span])
+                selected.append(select(logits, labels_P[span], None if drawn is None else drawn[span]))
         done, entropy = concatenate([s.rows for s in selected]), np.concatenate([s.entropy for s in selected])
         parts, start = [], 0
         for member in members:
@@ -133,7 +128,11 @@ class TeacherForward:
 
     @torch.inference_mode()
     def hidden(self, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states ``[P, D]`` whose successor is a target, and those successors ``[P]`` (int64)."""
+        """Hidden states ``[P, D]`` whose successor is a target, and those successors ``[P]`` (int64).
+
+        Raises:
+            ModelError: out of memory; the batch is named.
+        """
         longest = max(len(r.ids) for r in rows)
         ids_BL = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
         targets_BL = np.zeros((len(rows), longest), dtype=bool)
@@ -142,10 +141,12 @@ class TeacherForward:
             ids_BL[i, : len(row.ids)] = row.ids
             targets_BL[i, : len(row.ids)] = row.targets
             mask_BL[i, : len(row.ids)] = 1
-        ids = torch.from_numpy(ids_BL).to(self.device)
-        output = self.decoder(input_ids=ids, attention_mask=torch.from_numpy(mask_BL).to(self.device), use_cache=False)
-        targets = torch.from_numpy(targets_BL).to(self.device)[:, 1:]
-        return output.last_hidden_state[:, :-1][targets], ids[:, 1:][targets]
+        with _memory_enough_for(rows):
+            ids = torch.from_numpy(ids_BL).to(self.device)
+            mask = torch.from_numpy(mask_BL).to(self.device)
+            output = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+            targets = torch.from_numpy(targets_BL).to(self.device)[:, 1:]
+            return output.last_hidden_state[:, :-1][targets], ids[:, 1:][targets]
 
     @staticmethod
     def _refuse_non_finite(row: TokenRow, rows: SparseRows) -> None:
@@ -156,3 +157,16 @@ class TeacherForward:
                 f"the teacher gives no finite distribution for example {row.index} at token {position}; "
                 "float16 overflows on some models: try teacher.dtype bfloat16 or float32"
             )
+
+
+@contextmanager
+def _memory_enough_for(members: Sequence[TokenRow]) -> Iterator[None]:
+    """Name the batch that was too large."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        longest = max(len(r.ids) for r in members)
+        raise ModelError(
+            f"the teacher ran out of memory on a batch of {len(members)} sequences of at most {longest} tokens "
+            f"(first: example {members[0].index}); lower teacher.batch_tokens"
+        ) from exc

@@ -149,11 +149,11 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
 
 
 def _selection_plan(section: SelectionSection) -> SelectionPlan:
-    threshold = section.method.startswith("threshold")
-    # Until they are found, floors that no probability lies above.
-    floors = (section.floors or (_OPEN,) * len(section.temperatures)) if threshold else ()
-    budget = section.bytes_per_position if threshold and section.floors is None else None
-    return SelectionPlan(**{**section.model_dump(), "floors": floors, "bytes_per_position": budget})
+    floors: tuple[float, ...] = ()
+    if section.method.startswith("threshold"):
+        # Until they are found, floors that no probability lies above.
+        floors = section.floors or (_OPEN,) * len(section.temperatures)
+    return SelectionPlan(**{**section.recorded(), "floors": floors})
 
 
 def describe(tokenised: TokenRows, max_length: int) -> str:

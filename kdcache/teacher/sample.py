@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from kdcache.cache.codec import ShardContent
 from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.data.tokens import TokenRow
 from kdcache.teacher.forward import Select, TeacherForward, Thin, Uniforms, length_buckets
@@ -65,3 +67,13 @@ def hidden_sample(teacher: TeacherForward, rows: Sequence[TokenRow], *, batch_to
         members = [rows[i] for i in batch]
         hidden.append((members, *teacher.hidden(members)))
     return HiddenSample([m for members, _, _ in hidden for m in members], hidden, teacher)
+
+
+def shard_content(rows: list[TokenRow], sparse: SparseRows) -> ShardContent:
+    """Token rows and their sparse rows, laid end to end."""
+    return ShardContent(
+        lengths=np.array([len(r.ids) for r in rows], dtype=np.int64),
+        token_ids=np.concatenate([r.ids for r in rows]),
+        targets=np.concatenate([r.targets for r in rows]),
+        rows=sparse,
+    )

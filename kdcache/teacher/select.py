@@ -68,6 +68,7 @@ class Selection:
             floors=self.floors if self.method == "threshold_sampling" else (),
             draws=self.draws if self.method == "random_sampling" else 0,
             tail_logits=self.tail_logits,
+            k=self.k if self.method in ("top_k", "threshold") else vocab_size,
         )
 
 
@@ -127,7 +128,12 @@ def _select_block(
         # Probabilities of 0 have logit -inf; 0 * inf is nothing here.
         entropy_C = -torch.where(log_p_CV > -torch.inf, log_p_CV.exp() * log_p_CV, 0.0).sum(dim=1)
     inside_CB = torch.stack(
-        [torch.zeros_like(maximum_C).index_add_(0, row_H, p_H) for p_H in masses.of(row_H, id_H)], dim=1
+        [
+            # In double precision the order of adding, which a GPU leaves open, leaves no trace.
+            torch.zeros_like(maximum_C, dtype=torch.float64).index_add_(0, row_H, p_H.double()).float()
+            for p_H in masses.of(row_H, id_H)
+        ],
+        dim=1,
     )
     counts_H = counts_M = None
     row_M = id_M = row_H[:0]

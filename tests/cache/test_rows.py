@@ -198,3 +198,14 @@ def test_shard_content_lays_sequences_end_to_end():
     content = sample_sequences(sequences=3)
     assert content.token_offsets[-1] == len(content.token_ids)
     assert content.row_offsets[-1] == len(content.rows)
+
+
+def test_one_row_cannot_hold_what_all_of_them_may():
+    """Padding makes every row of a batch as wide as the widest: one long row among empty ones would fill the memory."""
+    rows = sample_rows(positions=3, method="top_k")
+    tight = dataclasses.replace(rows, design=dataclasses.replace(rows.design, k=int(rows.head.max()) - 1))
+    with pytest.raises(CacheError, match="invariant 14 "):
+        check_rows(tight)
+    floors = dataclasses.replace(rows.design, floors=(0.5, 0.5))
+    assert floors.entry_limit == 12
+    assert dataclasses.replace(rows.design, draws=7).entry_limit == 8

@@ -10,8 +10,8 @@ from kdcache.data.tokens import TokenRow
 from kdcache.models import load_model
 from kdcache.student.collate import IGNORED, Collator, sparse_teacher
 from kdcache.student.loss import distillation_loss
-from kdcache.teacher.capture import shard_content
 from kdcache.teacher.forward import TeacherForward
+from kdcache.teacher.sample import shard_content
 from kdcache.teacher.select import Selection, select
 from tests.cache.samples import stored_rows
 

@@ -22,7 +22,7 @@ SELECTIONS = {
     "ids_alone": Selection("threshold_sampling", (2.0,), floors=(0.05,), tail_logits=False),
 }
 WEIGHTS = {"ce_weight": 0.3, "kd_weight": 0.7}
-CASES = [(m, t) for m in SELECTIONS for t in (1.0, 1.5, 2.0) if m != "ids_alone" or t == 2.0]
+CASES = [(m, t) for m, s in SELECTIONS.items() for t in (1.0, 1.5, 2.0) if s.temperatures[0] <= t <= s.temperatures[-1]]
 
 
 def student(rows=N, seed=0):
@@ -134,11 +134,13 @@ def test_renormalised_rows_add_up_to_one_and_empty_ones_stay_empty(method):
     assert torch.isneginf(teacher.log_tail_N).all()
 
 
-def test_drawn_ids_without_logits_stand_for_their_mass_at_one_temperature_alone():
+def test_drawn_ids_without_logits_serve_their_own_temperature_alone():
     rows = chosen_rows("ids_alone", teacher_logits())
-    for temperature in (1.0, 1.5, 2.5):
-        with pytest.raises(CacheError, match=rf"stand for their mass at T = 2 alone, not at {temperature:g};"):
+    for temperature in (1.0, 1.5):
+        with pytest.raises(CacheError, match="is below the cache's smallest declared temperature 2"):
             sparse_teacher(rows, temperature)
+    assert sparse_teacher(rows, 2.0).log_weights_NK is not None
+    assert sparse_teacher(rows, 2.5).log_weights_NK is None
     assert len(sparse_teacher(rows, 2.5, "lumped").log_tail_N) == N
 
 
@@ -164,3 +166,18 @@ def test_the_mean_gradient_over_all_draws_is_that_of_the_whole_distribution(meth
     assert relative_error(leaf.grad.double().mean(dim=0, keepdim=True), exact.grad) < 2e-3
     # And a single draw is not it already.
     assert relative_error(leaf.grad[:1], exact.grad) > 1e-2
+
+
+def test_draws_serve_up_to_the_largest_declared_temperature_and_a_bucket_above():
+    logits = torch.randn(6, 200, generator=torch.Generator().manual_seed(0)) * 3
+    selection = Selection("threshold_sampling", (1.0, 2.0), floors=(0.05, 0.05))
+    rows = select(logits, torch.zeros(6, dtype=torch.int64), selection, np.full((6, 1), 0.4)).rows
+    assert (rows.tail > 0).any()
+    for t in (1.0, 1.5, 2.0):
+        assert sparse_teacher(rows, t).log_weights_NK is not None
+    above = sparse_teacher(rows, 3.0)
+    lumped = sparse_teacher(rows, 3.0, "lumped")
+    assert above.log_weights_NK is None
+    assert torch.equal(above.log_probs_NK, lumped.log_probs_NK)
+    assert torch.equal(above.log_tail_N, lumped.log_tail_N)
+    assert torch.isfinite(above.log_tail_N).all()

@@ -11,13 +11,14 @@ from kdcache.cache.verify import verify
 from kdcache.models import load_model
 from kdcache.recipe import parse_recipe
 from kdcache.student.arguments import training_arguments
-from kdcache.student.collate import IGNORED, Collator
+from kdcache.student.collate import IGNORED, Collator, sparse_teacher
 from kdcache.student.distill import distill
 from kdcache.student.forward import loss_sums
 from kdcache.student.log import read_log
-from kdcache.student.loss import SparseTeacher
+from kdcache.student.loss import SparseTeacher, distillation_loss
 from kdcache.student.trainer import DistillationTrainer, SplitDataset
 from kdcache.teacher.capture import capture
+from kdcache.teacher.select import Selection, select
 from tests.reference import dense_loss, relative_error
 
 QUANTILE = 0.6
@@ -145,3 +146,28 @@ def test_rows_left_empty_cost_nothing(thinned):
         assert not sums.divergence_N[~kept].any()
         assert sums.divergence_N[kept].all()
         assert (sums.ce_N > 0).all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_ce", "reverse_kl", "jsd"])
+def test_a_row_that_says_nothing_costs_nothing_under_any_divergence(divergence):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(3, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    logits = torch.randn(3, 11, generator=generator)
+    labels = torch.tensor([1, 2, 3])
+    rows = select(logits, labels, Selection("top_k", (1.0, 2.0), k=4)).rows
+    thinned = rows.emptied(np.array([True, False, True]))
+    found = []
+    for chosen, kept in ((thinned, slice(None)), (rows, [0, 2])):
+        own = hidden[kept].clone().requires_grad_(True)
+        teacher = sparse_teacher(chosen, 2.0)
+        if kept != slice(None):
+            teacher = SparseTeacher(teacher.ids_NK[kept], teacher.log_probs_NK[kept], teacher.log_tail_N[kept])
+        sums = distillation_loss(
+            own, head, labels[kept], teacher, temperature=2.0, ce_weight=0.0, kd_weight=1.0, divergence=divergence
+        )
+        sums.total.backward()
+        found.append((sums, own.grad))
+    assert float(found[0][0].divergence) == pytest.approx(float(found[1][0].divergence), rel=1e-5)
+    assert found[0][0].divergence_N[1] == 0
+    assert found[0][1][1].abs().max() == 0
+    assert torch.allclose(found[0][1][[0, 2]], found[1][1], atol=1e-6)
