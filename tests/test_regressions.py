@@ -212,12 +212,17 @@ def test_logits_changed_behind_the_head_are_refused(tmp_path, models):
 def test_shards_that_could_never_be_read_are_refused_in_the_recipe(values):
     values["selection"] = {"method": "top_k", "k": 60_000}
     values["cache"]["positions_per_shard"] = 65_536
-    with pytest.raises(RecipeError, match=r"selection\.k 60000 times cache\.positions_per_shard 65536"):
+    with pytest.raises(RecipeError, match=r"cache\.positions_per_shard 65536 makes shards of more than"):
         parse_recipe(values)
     values["selection"] = {"method": "random_sampling", "draws": 255, "temperatures": [1.0]}
     values["cache"]["positions_per_shard"] = 1 << 24
-    with pytest.raises(RecipeError, match=r"selection\.draws 256 times cache\.positions_per_shard 16777216"):
+    with pytest.raises(RecipeError, match=r"cache\.positions_per_shard 16777216 makes shards of more than"):
         parse_recipe(values)
+    for selection in ({"bytes_per_position": 20_000}, {"floors": [1e-4, 1e-4]}):
+        values["selection"] = selection
+        values["cache"]["positions_per_shard"] = 65_536
+        with pytest.raises(RecipeError, match=r"cache\.positions_per_shard 65536 makes shards of more than"):
+            parse_recipe(values)
 
 
 CONTENTS = [sample_sequences(sequences=n, seed=n) for n in (3, 2)]

@@ -1,18 +1,21 @@
 """The fidelity report against dense float64 arithmetic, and its command on a cache and on a recipe."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from kdcache.cache.reader import open_cache
-from kdcache.errors import CacheError, ModelError
+from kdcache.errors import CacheError, PlanMismatchError, TokenizerError
 from kdcache.evaluate.fidelity import FidelityMeter
 from kdcache.evaluate.fidelity_run import cache_fidelity, recipe_fidelity
 from kdcache.head import Head
 from kdcache.recipe import parse_recipe
 from kdcache.report import FIDELITY_COLUMNS, fidelity_rows, parts_rows, write_fidelity
+from kdcache.teacher.capture import capture
+from kdcache.teacher.estimate import estimate
 from kdcache.teacher.select import Selection, select
 
 V, N, D = 300, 40, 12
@@ -108,7 +111,7 @@ def test_a_setting_is_left_out_where_it_has_nothing_to_say(logits):
     meter = FidelityMeter((0.5, 1.0, 2.0, 4.0))
     meter.add(logits, rows)
     assert [f.temperature for f in meter.results("declared 1, 2")] == [1.0, 2.0, 4.0]
-    assert [f.temperature for f in meter.results("ids alone")] == [2.0]
+    assert [f.temperature for f in meter.results("ids alone")] == [2.0, 4.0]
 
 
 def test_a_cache_that_holds_everything_is_perfect(logits):
@@ -159,8 +162,26 @@ def test_what_a_recipe_would_give_is_what_its_cache_gives(base_values, shared_ca
     assert planned.settings[0].figures[0].kl == pytest.approx(stored.settings[0].figures[0].kl, rel=0.2)
 
 
-def test_another_teacher_is_refused(shared_cache, models):
+def test_another_teacher_or_a_student_with_other_tokens_is_refused(shared_cache, models, tmp_path):
+    options = {"positions": 50, "compare": False}
     with pytest.raises(CacheError, match="is not the teacher of"):
-        cache_fidelity(shared_cache, teacher=str(models / "student"), student=None, positions=50, compare=False)
-    with pytest.raises(ModelError):
-        cache_fidelity(shared_cache, teacher="/nowhere/model", student=None, positions=50, compare=False)
+        cache_fidelity(shared_cache, teacher=str(models / "student"), student=None, **options)
+    with pytest.raises(CacheError, match=r"is not found at /nowhere/model; say where it lies with --teacher"):
+        cache_fidelity(shared_cache, teacher="/nowhere/model", student=None, **options)
+    shutil.copytree(models / "student", tmp_path / "other")
+    vocabulary = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    tokens = vocabulary["model"]["vocab"]
+    first, second = sorted(tokens, key=tokens.get)[50:52]
+    tokens[first], tokens[second] = tokens[second], tokens[first]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(TokenizerError):
+        cache_fidelity(shared_cache, teacher=str(models / "teacher"), student=str(tmp_path / "other"), **options)
+
+
+def test_a_recipe_can_be_tried_while_a_cache_of_other_settings_is_there(base_values, shared_cache):
+    values = {**base_values, "selection": {"bytes_per_position": 30}}
+    report = recipe_fidelity(parse_recipe(values), student=None, positions=200, compare=False)
+    assert report.settings[0].bytes_per_position < 40
+    assert estimate(parse_recipe(values)).positions > 0
+    with pytest.raises(PlanMismatchError, match=r"selection\.bytes_per_position"):
+        capture(parse_recipe(values))
