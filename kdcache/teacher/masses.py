@@ -51,30 +51,41 @@ class Masses:
 
     def of(self, rows: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
         """Probability of single entries, per temperature."""
-        return self._powers([p[rows, ids] for p in self._p_CV], rows)
+        found = [p[rows, ids] for p in self._p_CV]
+        if self._square_C is not None:
+            found.insert(0, found[0].square() / self._square_C[rows])
+        return found
 
-    def reach(self, floors: tuple[float, ...]) -> torch.Tensor:
-        """``[C, G, W]`` the largest of ``p_b / floor_b`` over the temperatures, for every entry."""
-        whole = [p.view(self.rows, self.blocks, self.width) for p in self._p_CV]
+    def reach(self, floors: tuple[float, ...], blocks: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """The largest of ``p_b / floor_b`` over the temperatures, for every entry.
+
+        Args:
+            floors: one per temperature.
+            blocks: rows and numbers of the blocks wanted (``[n, W]``); None for all (``[C, G, W]``).
+        """
+        values = [p.view(self.rows, self.blocks, self.width) for p in self._p_CV]
+        if blocks is not None:
+            values = [v[blocks] for v in values]
         if self._square_C is not None:
             # max(p^2 / (S floor_0), p / floor_1) = p max(p / (S floor_0), 1 / floor_1)
             factor = 1.0 / (self._square_C * floors[0])
-            return (whole[0] * factor[:, None, None]).clamp_(min=1.0 / floors[1]).mul_(whole[0])
-        reach = whole[0] * (1.0 / floors[0])
-        for p, floor in zip(whole[1:], floors[1:], strict=True):
+            factor = factor[:, None, None] if blocks is None else factor[blocks[0]][:, None]
+            return (values[0] * factor).clamp_(min=1.0 / floors[1]).mul_(values[0])
+        reach = values[0] * (1.0 / floors[0])
+        for p, floor in zip(values[1:], floors[1:], strict=True):
             torch.maximum(reach, p * (1.0 / floor), out=reach)
         return reach
 
-    def in_blocks(self, rows: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
-        """``[n, W]`` probabilities of whole blocks, per temperature."""
-        return self._powers([p.view(self.rows, self.blocks, self.width)[rows, blocks] for p in self._p_CV], rows)
+    def block_sums(self) -> torch.Tensor:
+        """``[C, G]`` mass of every block at the largest temperature."""
+        return self._p_CV[-1].view(self.rows, self.blocks, self.width).sum(dim=2)
 
-    def _powers(self, values: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
-        if self._square_C is None:
-            return values
-        (broad,) = values
-        square = self._square_C[rows]
-        return [broad * broad / (square if broad.dim() == 1 else square[:, None]), broad]
+    def simple_below(self, floors: tuple[float, ...]) -> torch.Tensor | float:
+        """A block of less mass than this at the largest temperature has no entry that reaches its floor there, nor one
+        that another temperature would include more likely: ``[C, 1]``, or one number for all rows."""
+        if self._square_C is not None:
+            return (self._square_C * (floors[0] / floors[1])).clamp(max=0.99 * floors[1])[:, None]
+        return 0.99 * floors[0] if len(floors) == 1 else -1.0
 
     def take_out(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
         """Entries that are kept: from now on they have no mass."""
@@ -109,36 +120,20 @@ class Inclusion:
 
     def __init__(self, masses: Masses, floors: tuple[float, ...]) -> None:
         self._masses, self._floors = masses, floors
-        broad_CV = masses._p_CV[-1]
-        self._sum_CG = broad_CV.view(masses.rows, masses.blocks, masses.width).sum(dim=2)
-        # Below this a block's entries are all included by the broadest temperature's floor, and all below it.
-        floor = floors[-1] * 0.99
-        if len(floors) == 1:
-            simple_C1 = torch.full_like(self._sum_CG[:, :1], floor)
-        elif masses._square_C is not None:
-            simple_C1 = (masses._square_C * (floors[0] / floors[-1])).clamp(max=floor)[:, None]
-        else:
-            simple_C1 = torch.full_like(self._sum_CG[:, :1], -1.0)
-        looked_CG = self._sum_CG > simple_C1
+        sums_CG = masses.block_sums()
+        looked_CG = sums_CG > masses.simple_below(floors)
         if float(looked_CG.float().mean()) > _MOST:
             # Where most blocks have to be looked at, all are: gathering would cost more.
-            self._included_CG = self._masses.reach(floors).sum(dim=2)
+            self._included_CG = masses.reach(floors).sum(dim=2)
         else:
-            self._included_CG = self._sum_CG * (1.0 / floors[-1])
+            self._included_CG = sums_CG * (1.0 / floors[-1])
             row_n, block_n = looked_CG.nonzero(as_tuple=True)
-            self._included_CG[row_n, block_n] = self._of_blocks(row_n, block_n).sum(dim=1)
-
-    def _of_blocks(self, rows: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        values = self._masses.in_blocks(rows, blocks)
-        reach = values[0] * (1.0 / self._floors[0])
-        for p, floor in zip(values[1:], self._floors[1:], strict=True):
-            torch.maximum(reach, p * (1.0 / floor), out=reach)
-        return reach
+            self._included_CG[row_n, block_n] = masses.reach(floors, (row_n, block_n)).sum(dim=1)
 
     def at_least(self, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and ids of entries that are included with this probability or a larger one, ids rising within a row."""
         row_n, block_n = (self._included_CG >= bound).nonzero(as_tuple=True)
-        place_H, column_H = (self._of_blocks(row_n, block_n) >= bound).nonzero(as_tuple=True)
+        place_H, column_H = (self._masses.reach(self._floors, (row_n, block_n)) >= bound).nonzero(as_tuple=True)
         return row_n[place_H], block_n[place_H] * self._masses.width + column_H
 
     def draw(
@@ -154,7 +149,7 @@ class Inclusion:
             changed: rows and ids that have been taken out since.
         """
         included_CG, changed_blocks = self._included_CG.clone(), (changed[0], changed[1] // self._masses.width)
-        included_CG[changed_blocks] = self._of_blocks(*changed_blocks).sum(dim=1)
+        included_CG[changed_blocks] = self._masses.reach(self._floors, changed_blocks).sum(dim=1)
         cumulated_CG = included_CG.double().cumsum(dim=1)
         total_C = cumulated_CG[:, -1].nan_to_num(0.0, 0.0, 0.0)
         most = int(total_C.max().ceil()) + 1 if len(total_C) else 1
@@ -163,7 +158,7 @@ class Inclusion:
         row_M = there_CM.nonzero(as_tuple=True)[0]
         block_M = torch.searchsorted(cumulated_CG, points_CM)[there_CM]
         before_M = torch.where(block_M > 0, cumulated_CG[row_M, (block_M - 1).clamp(min=0)], 0.0)
-        within_MW = self._of_blocks(row_M, block_M).cumsum(dim=1)
+        within_MW = self._masses.reach(self._floors, (row_M, block_M)).cumsum(dim=1)
         # What rounding leaves over falls on the block's last entry that has any probability.
         place_M = torch.minimum((points_CM[there_CM] - before_M).to(within_MW.dtype), within_MW[:, -1])
         place_M = place_M.clamp_(min=torch.finfo(within_MW.dtype).tiny)
