@@ -264,19 +264,23 @@ def _no_rows(vocabulary: int) -> SparseRows:
 def specs(part: str, seeds: int) -> list[dict[str, Any]]:
     """Every run of a part."""
     found: list[dict[str, Any]] = []
-    for t in TEMPERATURES:
-        base = {"part": part, "temperature": t, "seed": 0, "ce_weight": 0.0, "lora": False}
-        if part == "training":
-            found += [{**base, "kind": "full"}]
-            found += [{**base, "kind": "top-k, renormalised", "k": 64}, {**base, "kind": "top-k", "k": 64}]
-            for kind in ("sampling", "sampling, one T", "threshold", "top-k", "RS-KD"):
-                found += [{**base, "kind": kind, "budget": budget} for budget in BUDGETS if budget < 384]
-        else:
-            for seed in range(seeds):
-                base = {"part": part, "temperature": t, "seed": seed, "ce_weight": 0.5, "lora": True}
-                found += [{**base, "kind": "full"}, {**base, "kind": "sampling", "budget": 64}]
-                found += [{**base, "kind": "top-k", "k": 64}, {**base, "kind": "top-k, renormalised", "k": 64}]
-                found += [{**base, "kind": "RS-KD", "budget": 64}]
+    for seed in range(1 if part == "training" else seeds):
+        for t in TEMPERATURES:
+            training = part == "training"
+            base = {
+                "part": part,
+                "temperature": t,
+                "seed": seed,
+                "ce_weight": 0.0 if training else 0.5,
+                "lora": not training,
+            }
+            found += [{**base, "kind": "full"}, {**base, "kind": "top-k", "k": 64}]
+            found += [{**base, "kind": "top-k, renormalised", "k": 64}]
+            if training:
+                for kind in ("sampling", "sampling, one T", "threshold", "top-k", "RS-KD"):
+                    found += [{**base, "kind": kind, "budget": budget} for budget in BUDGETS[:-1]]
+            else:
+                found += [{**base, "kind": kind, "budget": 64} for kind in ("sampling", "RS-KD")]
                 if t == TEMPERATURES[0]:
                     found += [{**base, "kind": "CE alone", "ce_weight": 1.0}]
     return found
