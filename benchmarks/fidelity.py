@@ -118,17 +118,26 @@ def bytes_table(title: str, data: Dense, head: Head | None, hidden: torch.Tensor
 
 
 def training_table(results: list[dict[str, Any]]) -> None:
-    """Held-out KL at the training temperature, against full-vocabulary KD."""
+    """Held-out KL at the training temperature, and how much more that is than full-vocabulary KD gives."""
     full = {r["temperature"]: r["kl_t"] for r in results if r["kind"] == "full"}
     print(
-        "\n| T | target | bytes | entries | held-out KL at T | against full | perplexity |\n|---:|---|---:|---:|---:|---:|---:|"
+        "\n| T | target | "
+        + " | ".join(f"{b} B" for b in BUDGETS[:-1])
+        + " | other |\n|---:|---|"
+        + "---:|" * len(BUDGETS)
     )
-    for r in sorted(results, key=lambda r: (r["temperature"], r["kind"], r["bytes"])):
-        name = r["kind"] + (f" {r['k']}" if "k" in r else "")
-        print(
-            f"| {r['temperature']:g} | {name} | {r['bytes']:.1f} | {r['entries']:.1f} | {r['kl_t']:.4f} "
-            f"| {r['kl_t'] / full[r['temperature']] - 1:+.1%} | {r['perplexity']:.2f} |"
-        )
+    for t in TEMPERATURES:
+        print(f"| {t:g} | full vocabulary |" + " |" * len(BUDGETS[:-1]) + f" {full[t]:.4f} |")
+        for kind in MARKS:
+            cells, other = [], ""
+            own = [r for r in results if r["temperature"] == t and r["kind"] == kind]
+            for budget in BUDGETS[:-1]:
+                found = [r for r in own if r.get("budget") == budget]
+                cells.append(f"{found[0]['kl_t']:.4f} ({found[0]['kl_t'] / full[t] - 1:+.1%})" if found else "")
+            for r in own:
+                if "k" in r:
+                    other = f"k {r['k']}, {r['bytes']:.0f} B: {r['kl_t']:.4f} ({r['kl_t'] / full[t] - 1:+.1%})"
+            print(f"| {t:g} | {kind} | {' | '.join(cells)} | {other} |")
 
 
 def seeds_table(results: list[dict[str, Any]]) -> None:
@@ -153,7 +162,7 @@ def plot(results: list[dict[str, Any]], path: Path, key: str, label: str) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axis, t in zip(axes, TEMPERATURES, strict=True):
         full = {r["seed"]: r[key] for r in results if r["kind"] == "full" and r["temperature"] == t}
         for kind, mark in MARKS.items():
@@ -170,9 +179,11 @@ def plot(results: list[dict[str, Any]], path: Path, key: str, label: str) -> Non
                     linestyle="-" if len({b for b, _ in own}) > 1 else "",
                 )
         axis.axhline(0, color="black", linewidth=1)
+        axis.set_yscale("symlog", linthresh=0.1)
         axis.set(xscale="log", title=f"T = {t:g}", xlabel="bytes per position")
         axis.set_xticks(list(BUDGETS), [str(b) for b in BUDGETS])
         axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(label)

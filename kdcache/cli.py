@@ -64,7 +64,8 @@ def teacher_cache(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure a small sample, predict size, time and memory, write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Measure a small sample, predict size, time and memory; no cache is written."),
     ] = False,
     if_incomplete: Annotated[
         bool, typer.Option("--if-incomplete", help="Do nothing when the cache directory is complete already.")
@@ -150,9 +151,7 @@ def fidelity(
     ] = None,
     positions: Annotated[int, typer.Option(min=16, help="About how many positions to measure.")] = 2048,
     compare: Annotated[bool, typer.Option(help="Measure other settings beside the chosen one.")] = True,
-    output: Annotated[Path, typer.Option(help="Folder for fidelity.json, fidelity.md and fidelity.png.")] = Path(
-        "runs/fidelity"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for fidelity.md, .json and .png.")] = Path("runs/fidelity"),
 ) -> None:
     """How faithful a cache is per byte, or would be: its teacher is run again on a sample, in full."""
     from kdcache.errors import RecipeError
@@ -289,9 +288,10 @@ def _lines(lines: list[str]) -> None:
 
 
 def _table(record: RunRecord) -> None:
-    from kdcache.report import RESULT_COLUMNS, result_rows
+    from kdcache.report import kl_note, result_columns, result_rows
 
-    _rich(text_table(RESULT_COLUMNS, result_rows(record.scores)))
+    _rich(text_table(result_columns(record.scores), result_rows(record.scores)))
+    _print(kl_note(record.scores))
 
 
 def _rich(table: Table) -> None:

@@ -43,4 +43,6 @@ def explain(exc: ValidationError, model: type[BaseModel]) -> str:
         return f"the recipe lacks {key}{more}"
     if error["type"] == "value_error":
         return f"{error['ctx']['error']}{more}"
+    if error["type"] == "tuple_type":
+        return f"recipe key {key} should be a list, such as [{error['input']}], found {error['input']!r}{more}"
     return f"recipe key {key}: {error['msg']}, found {error['input']!r}{more}"

@@ -28,7 +28,7 @@ class SelectionSection(Section):
         64.0,
         ge=8,
         le=65536,
-        description="threshold methods without floors: the floor is found on a small sample so that the cache comes to this size.",
+        description="threshold methods without floors: the floor is found on a small sample so that the cache comes to this size, per position of the data (kept or not).",
     )
     floors: tuple[float, ...] | None = Field(
         None,
@@ -101,6 +101,11 @@ class SelectionSection(Section):
                 "selection.tail_logits false goes with threshold_sampling at one of selection.temperatures: with more the "
                 "drawn entries stand for different masses, which their logits tell"
             )
-        if (self.quantile > 0) != (self.positions != "all"):
+        for key, methods in (("k", ("top_k", "threshold")), ("draws", ("random_sampling",))):
+            if key in self.model_fields_set and self.method not in methods:
+                raise ValueError(f"selection.{key} is for selection.method {' or '.join(methods)}; leave it out")
+        if self.positions != "all" and self.quantile == 0:
+            raise ValueError(f"selection.positions {self.positions} needs selection.quantile above 0")
+        if self.positions == "all" and self.quantile > 0:
             raise ValueError("selection.quantile above 0 goes with selection.positions entropy or loss")
         return self

@@ -30,16 +30,25 @@ def result_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     ]
 
 
-RESULT_COLUMNS = ("model", "loss", "perplexity", "KL to teacher", "tokens")
+def result_columns(scores: dict[str, dict[str, float]]) -> tuple[str, ...]:
+    """Heads of `result_rows`; the KL's temperature is named where it is not 1."""
+    t = max(s.get("kl_temperature", 1.0) for s in scores.values())
+    return ("model", "loss", "perplexity", "KL to teacher" + ("" if t == 1 else f", T = {t:g}"), "tokens")
+
+
+def kl_note(scores: dict[str, dict[str, float]]) -> str:
+    """What the column of KLs is."""
+    if any(s.get("kl_is_bound") for s in scores.values()):
+        return "KL(teacher || student) is a lower bound: the mass outside the cache's entries counts as one bucket."
+    return "KL(teacher || student) is an unbiased estimate of the full one, from the cache's drawn entries."
 
 
 def result_markdown(record: RunRecord) -> str:
     """The result table as Markdown, with what it was measured on."""
     lines = [
-        _markdown(RESULT_COLUMNS, result_rows(record.scores)),
+        _markdown(result_columns(record.scores), result_rows(record.scores)),
         "Loss in nats per token, summed over the response tokens of the cache's validation split; the teacher's row comes",
-        "from the cache alone. KL(teacher || student) at T = 1: estimated without bias where the cache holds drawn entries,",
-        "otherwise with the mass outside its entries as one bucket.",
+        f"from the cache alone. {kl_note(record.scores)}",
         f"Cache {record.values['cache_id'][:12]}, {record.values['steps']} steps, {record.values['seconds']:.0f} s"
         + (f" since step {record.values['resumed_at']}." if record.values["resumed_at"] else "."),
     ]
@@ -184,17 +193,20 @@ def fidelity_plot(report: FidelityReport, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("error of the student's gradient" if gradient else "KL(full || rebuilt), nats")
     axes[0][0].legend(frameon=False)
+    figure.suptitle(report.title, fontsize="medium")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def write_fidelity(report: FidelityReport, folder: Path) -> list[Path]:
-    """Write fidelity.md, fidelity.json and fidelity.png; returns their paths.
+    """Write fidelity.md, fidelity.json and, for several settings, fidelity.png; returns their paths.
 
     Raises:
         StorageError: they cannot be written.
     """
-    paths = [folder / f"fidelity.{end}" for end in ("md", "json", "png")]
+    # One setting alone makes no curve.
+    ends = ("md", "json", "png") if len(report.settings) > 1 else ("md", "json")
+    paths = [folder / f"fidelity.{end}" for end in ends]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(
@@ -202,7 +214,8 @@ def write_fidelity(report: FidelityReport, folder: Path) -> list[Path]:
             + _markdown(FIDELITY_COLUMNS, fidelity_rows(report)) + "\n" + _markdown(PARTS_COLUMNS, parts_rows(report))
         )  # fmt: skip
         paths[1].write_text(json.dumps(report.as_record(), indent=1))
-        fidelity_plot(report, paths[2])
+        if len(paths) > 2:
+            fidelity_plot(report, paths[2])
     except OSError as exc:
         raise StorageError(f"cannot write to {folder}: {exc.strerror or exc}") from exc
     return paths

@@ -100,6 +100,7 @@ class Split:
 
     def __init__(self, cache: Cache, number: int) -> None:
         self.cache = cache
+        self.number = number
         self.name = cache.plan.data.splits[number].name
         self.shards = [i for i, s in enumerate(cache.plan.shards) if s.split == number]
         sizes = [cache.plan.shards[i].sequences for i in self.shards]

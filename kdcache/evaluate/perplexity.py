@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcache.cache.reader import Split
+from kdcache.cache.reader import Cache, Split
 from kdcache.progress import Progress, Silent
-from kdcache.student.collate import Collator
+from kdcache.student.collate import Collator, uses_draws
 from kdcache.student.forward import loss_sums
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat
 
 @dataclass(frozen=True)
 class Score:
-    """Token-summed cross-entropy and KL(teacher || student) at T = 1 over a split, in nats.
+    """Token-summed cross-entropy and KL(teacher || student) over a split, in nats.
+
+    The KL is taken at T = 1 where the cache declares that, otherwise at its smallest temperature (``kl_temperature``).
 
     ``kl`` is an unbiased estimate of the full KL where the cache holds drawn entries; otherwise the mass outside its
     entries counts as one bucket, and it is a lower bound.
@@ -31,6 +33,8 @@ class Score:
     ce_sum: float
     kl_sum: float
     tokens: int
+    kl_temperature: float = 1.0
+    kl_is_bound: bool = False
 
     @property
     def loss(self) -> float:
@@ -47,14 +51,26 @@ class Score:
         """KL to the teacher per token, nats."""
         return self.kl_sum / self.tokens
 
-    def as_record(self) -> dict[str, float | int]:
+    def as_record(self) -> dict[str, float]:
         """What run.json keeps."""
-        return {"loss": self.loss, "perplexity": self.perplexity, "kl_to_teacher": self.kl, "tokens": self.tokens}
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "kl_to_teacher": self.kl,
+            "kl_temperature": self.kl_temperature,
+            "kl_is_bound": self.kl_is_bound,
+            "tokens": self.tokens,
+        }
 
 
 def teacher_score(split: Split) -> Score:
     """The teacher on the labels of a split, from the manifest's totals."""
-    return Score(split.summary.teacher_nll, 0.0, split.summary.positions)
+    return Score(split.summary.teacher_nll, 0.0, split.summary.positions, kl_temperature(split.cache))
+
+
+def kl_temperature(cache: Cache) -> float:
+    """The temperature at which students are compared with the teacher."""
+    return 1.0 if 1.0 in cache.temperatures else min(cache.temperatures)
 
 
 @torch.inference_mode()
@@ -70,7 +86,7 @@ def student_score(
     """A student on a split, under the autocast of ``precision``; leaves the model in the mode it was in."""
     progress = progress or Silent()
     cache = split.cache
-    temperature = 1.0 if 1.0 in cache.temperatures else min(cache.temperatures)
+    temperature = kl_temperature(cache)
     collate = Collator(cache.plan.tokenizer.pad_id, temperature)
     was_training = model.training
     model.eval()
@@ -97,4 +113,4 @@ def student_score(
     finally:
         progress.end()
         model.train(was_training)
-    return Score(ce, kl, tokens)
+    return Score(ce, kl, tokens, temperature, not uses_draws(cache.plan.design(split.number), temperature))

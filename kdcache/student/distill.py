@@ -59,6 +59,7 @@ def distill(
     cache = open_cache(recipe.cache.directory)
     refuse_other_cache(recipe, cache)
     refuse_low_temperature(recipe.loss.temperature, cache)
+    progress.message(f"cache {cache.id[:12]}: {cache.plan.selection.describe()}")
     run = RunDirectory(Path(recipe.output))
     finished = run.prepare(recipe, cache.id, resume=resume, overwrite=overwrite)
     if finished is not None:

@@ -185,6 +185,8 @@ def run_record(
         "recipe": recipe.model_dump(mode="json"),
         "cache_id": cache.id,
         "plan_digest": cache.plan.digest,
+        # What the cache holds, which the recipe need not say.
+        "selection": cache.plan.selection.model_dump(mode="json"),
         "scores": {name: score.as_record() for name, score in scores.items()},
         "steps": steps,
         # Of the last sitting, which went on from step `resumed_at`.

@@ -183,10 +183,11 @@ def test_a_wider_head_works_and_other_tokens_are_named(values, shared_cache, mod
 
 def test_a_recipe_that_contradicts_the_cache_is_refused(values, shared_cache):
     values["cache"]["directory"] = str(shared_cache)
-    values["selection"]["draws"] = 9
+    values["selection"]["values"] = "half"
     values["teacher"]["quantization"] = "nf4"
     with pytest.raises(
-        PlanMismatchError, match=r"selection\.draws is 9, in the cache 16; teacher\.quantization is 'nf4'"
+        PlanMismatchError,
+        match=r"selection\.values is 'half', in the cache 'quantised'; teacher\.quantization is 'nf4'",
     ):
         distill(parse_recipe(values))
 
