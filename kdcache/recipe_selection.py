@@ -64,6 +64,10 @@ class SelectionSection(Section):
         0.0, ge=0, lt=1, description="entropy, loss: share of each sequence's positions that is dropped."
     )
 
+    def _set(self, key: str) -> bool:
+        """Whether a key says something: a record of a recipe states defaults too."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
     def recorded(self) -> dict[str, Any]:
         """What a plan records: a key that the method does not use is recorded with its default."""
         values = self.model_dump()
@@ -84,7 +88,7 @@ class SelectionSection(Section):
             )
         if self.floors is not None and not threshold:
             raise ValueError(f"selection.floors is for the threshold methods; with {self.method} leave it out")
-        if "bytes_per_position" in self.model_fields_set and (self.floors is not None or not threshold):
+        if self._set("bytes_per_position") and (self.floors is not None or not threshold):
             raise ValueError(
                 "selection.bytes_per_position is for the threshold methods without selection.floors; leave it out"
             )
@@ -102,7 +106,7 @@ class SelectionSection(Section):
                 "drawn entries stand for different masses, which their logits tell"
             )
         for key, methods in (("k", ("top_k", "threshold")), ("draws", ("random_sampling",))):
-            if key in self.model_fields_set and self.method not in methods:
+            if self._set(key) and self.method not in methods:
                 raise ValueError(f"selection.{key} is for selection.method {' or '.join(methods)}; leave it out")
         if self.positions != "all" and self.quantile == 0:
             raise ValueError(f"selection.positions {self.positions} needs selection.quantile above 0")

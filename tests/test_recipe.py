@@ -122,3 +122,17 @@ def test_every_key_is_documented_where_users_look():
         assert description, key
         line = f"| `{key}` | {'required' if default is ... else f'`{default!r}`'} | {description} |"
         assert line in page, f"recipes/README.md lacks: {line}"
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"method": "top_k", "k": 5},
+        {"floors": [0.1, 0.1]},
+        {"method": "random_sampling", "draws": 9, "temperatures": [1.0]},
+    ],
+)
+def test_a_recorded_recipe_can_be_read_again(selection):
+    """run.json states every key, those that the method does not use too."""
+    recipe = parse_recipe({**MINIMAL, "selection": selection})
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
