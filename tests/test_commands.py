@@ -158,6 +158,8 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_student(recipe, values, 
 
 
 def test_ctrl_c_says_how_to_go_on(recipe, values):
+    # A shard for every sequence: the run is long enough for the signal to come in between on a busy machine, too.
+    values["cache"]["positions_per_shard"] = 1
     process = kdcache("teacher-cache", recipe())
     wait_for(lambda: list((Path(values["cache"]["directory"]) / "shards").glob("0*")), process)
     process.send_signal(signal.SIGINT)
