@@ -97,10 +97,15 @@ def test_the_whole_spine(run, recipe, values):
 
 def kdcache(*argv, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "kdcache", *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, **options,
-    )  # fmt: skip
+    # Tests started in the background of a shell inherit an ignored Ctrl-C, and would hand it on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "kdcache", *map(str, argv)], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, **options,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition, process, seconds=120):
