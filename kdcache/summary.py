@@ -1,4 +1,4 @@
-"""Caches, captures and predictions in lines of text; `kdcache.cli` prints them."""
+"""Caches, captures and predictions in lines of text; `kdcache.commands` prints them."""
 
 from __future__ import annotations
 

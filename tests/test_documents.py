@@ -16,6 +16,7 @@ import yaml
 from kdcache.cache import layout
 from kdcache.cache.manifest import (
     DataPlan,
+    Derivation,
     Manifest,
     Plan,
     ShardEntry,
@@ -146,8 +147,8 @@ def test_constants_and_names():
 
 def test_fields_of_plan_and_manifest():
     models = (
-        Plan, TeacherIdentity, TokenizerIdentity, DataPlan, SplitPlan, SelectionPlan, ShardPlan, Manifest, SplitSummary,
-        ShardEntry,
+        Plan, TeacherIdentity, TokenizerIdentity, DataPlan, SplitPlan, SelectionPlan, ShardPlan, Derivation, Manifest,
+        SplitSummary, ShardEntry,
     )  # fmt: skip
     for model in models:
         for field in model.model_fields:

@@ -3,7 +3,7 @@
 from typing import Final
 
 FORMAT: Final = "kdcache"
-VERSION: Final = 0
+VERSION: Final = 1
 
 # Directory ---------------------------------------------------------------------------------------
 PLAN_FILE: Final = "plan.json"

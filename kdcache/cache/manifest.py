@@ -86,6 +86,14 @@ class ShardPlan(Strict):
     positions: Annotated[int, Field(ge=1, lt=1 << 32)]
 
 
+class Derivation(Strict):
+    """What a cache was made from other caches by: the operation, its settings, and the parents' cache ids."""
+
+    operation: Literal["subset", "merge"]
+    parents: Annotated[tuple[Sha256, ...], Field(min_length=1, max_length=1024)]
+    settings: dict[Text, Text]
+
+
 class Plan(Strict):
     """Everything that fixes a cache's content, and which sequences go to which shard."""
 
@@ -96,6 +104,7 @@ class Plan(Strict):
     data: DataPlan
     selection: SelectionPlan
     shards: tuple[ShardPlan, ...]
+    derived: Derivation | None
 
     @model_validator(mode="after")
     def _shards_tile_the_splits(self) -> Plan:

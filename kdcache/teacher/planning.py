@@ -144,6 +144,7 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
         ),
         selection=_selection_plan(recipe.selection),
         shards=tuple(shards),
+        derived=None,
     )
     return PlannedCache(plan, tuple(rows), tokens)
 

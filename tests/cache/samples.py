@@ -114,4 +114,5 @@ def sample_plan(contents, *, selection=None, **changes):
         ),
         selection=selection or selection_plan(),
         shards=tuple(shards),
+        derived=None,
     )  # fmt: skip

@@ -35,3 +35,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     after = dict(model.named_parameters())
     torch.save({n: p - after[n].detach() for n, p in before.items()}, Path(output))
+# Left to the interpreter's exit, a gloo thread that still runs aborts the process now and then.
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

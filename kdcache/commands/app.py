@@ -1,0 +1,114 @@
+"""What all commands share: the application, its arguments, and the only functions that print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from kdcache.console import printable, text_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kdcache.progress import Progress
+    from kdcache.recipe import Recipe
+    from kdcache.student.record import RunRecord
+
+app = typer.Typer(
+    name="kdcache",
+    help="Offline knowledge distillation: run the teacher once, share its cache, train many students from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file, such as recipes/embedded.yaml.", show_default=False)]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads the annotation at run time)
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Recipe keys to override.", show_default=False),
+]
+CacheArgument = Annotated[Path, typer.Argument(help="Cache directory.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="Run directory of kdcache train-student.", show_default=False)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from kdcache import __version__
+
+        say(f"kdcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def chosen_recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe of a file with its overrides."""
+    from kdcache.recipe import load_recipe
+
+    return load_recipe(path, overrides)
+
+
+def ready_embedded(recipe: Recipe, progress: Progress) -> None:
+    """Make the recipe's embedded data and models where it has some and they are not there."""
+    if recipe.embedded is not None:
+        from kdcache.embedded.make import make_embedded
+
+        make_embedded(recipe.embedded, progress)
+
+
+def is_complete(directory: str) -> bool:
+    """Whether a cache can be opened."""
+    from kdcache.cache.reader import open_cache
+    from kdcache.errors import CacheError
+
+    try:
+        open_cache(directory)
+    except CacheError:
+        return False
+    return True
+
+
+def console_progress() -> Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+
+    from kdcache.console import PlainProgress, TerminalProgress
+
+    console = Console(stderr=False)
+    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def say(text: str) -> None:
+    """Print one line."""
+    print(printable(text), flush=True)
+
+
+def say_lines(lines: list[str]) -> None:
+    """Print lines."""
+    for line in lines:
+        say(line)
+
+
+def say_scores(record: RunRecord) -> None:
+    """Print a run's result table."""
+    from kdcache.report import kl_note, result_columns, result_rows
+
+    say_table(text_table(result_columns(record.scores), result_rows(record.scores)))
+    say(kl_note(record.scores))
+
+
+def say_table(table: Table) -> None:
+    """Print a table."""
+    from rich.console import Console
+
+    Console().print(table)

@@ -1,0 +1,144 @@
+"""Commands on a recipe or a run: what the two phases do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from kdcache.commands.app import (
+    Overrides,
+    RecipeArgument,
+    RunArgument,
+    app,
+    chosen_recipe,
+    console_progress,
+    is_complete,
+    ready_embedded,
+    say,
+    say_lines,
+    say_scores,
+    say_table,
+)
+from kdcache.console import text_table
+from kdcache.summary import capture_lines, estimate_lines
+
+
+@app.command()
+def teacher_cache(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Measure a small sample, predict size, time and memory; no cache is written."),
+    ] = False,
+    if_incomplete: Annotated[
+        bool, typer.Option("--if-incomplete", help="Do nothing when the cache directory is complete already.")
+    ] = False,
+) -> None:
+    """Run the teacher once and write its cache; run again to go on where it stopped."""
+    chosen, progress = chosen_recipe(recipe, overrides), console_progress()
+    if if_incomplete and is_complete(chosen.cache.directory):
+        say(f"cache {chosen.cache.directory}: complete already")
+        return
+    ready_embedded(chosen, progress)
+    if dry_run:
+        from kdcache.teacher.estimate import estimate
+
+        say_lines(estimate_lines(estimate(chosen, progress)))
+        return
+    from kdcache.teacher.capture import capture
+
+    lines, warning = capture_lines(capture(chosen, progress))
+    say_lines(lines)
+    if warning is not None:
+        progress.warning(warning)
+
+
+@app.command()
+def train_student(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with this run; a finished one is shown again.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")
+    ] = False,
+) -> None:
+    """Train a student from a cache and print the result table."""
+    chosen, progress = chosen_recipe(recipe, overrides), console_progress()
+    ready_embedded(chosen, progress)
+    from kdcache.report import write_pages
+    from kdcache.student.distill import distill
+
+    record = distill(chosen, resume=resume, overwrite=overwrite, progress=progress)
+    pages = write_pages(record)
+    say_scores(record)
+    say(f"student in {record.output / 'model'}; record, log and plot: " + ", ".join(
+        p.name for p in (record.output / "run.json", record.output / "log.csv", *pages)
+    ) + f" in {record.output}")  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+) -> None:
+    """Score a finished run again, from its saved student and its cache."""
+    from kdcache.evaluate.saved_run import score_saved_run
+
+    record = score_saved_run(run, batch_size=batch_size, progress=console_progress())
+    say_scores(record)
+
+
+@app.command()
+def fidelity(
+    what: Annotated[
+        Path, typer.Argument(help="Cache directory, or a recipe whose cache need not exist.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Folder or id of the cache's teacher, where it is not found under its name."),
+    ] = None,
+    student: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Student whose gradient is compared; a recipe's own by default."),
+    ] = None,
+    positions: Annotated[int, typer.Option(min=16, help="About how many positions to measure.")] = 2048,
+    compare: Annotated[bool, typer.Option(help="Measure other settings beside the chosen one.")] = True,
+    output: Annotated[Path, typer.Option(help="Folder for fidelity.md, .json and .png.")] = Path("runs/fidelity"),
+) -> None:
+    """How faithful a cache is per byte, or would be: its teacher is run again on a sample, in full."""
+    from kdcache.errors import RecipeError
+    from kdcache.evaluate.fidelity_run import cache_fidelity, recipe_fidelity
+    from kdcache.report import FIDELITY_COLUMNS, PARTS_COLUMNS, fidelity_rows, parts_rows, write_fidelity
+
+    progress = console_progress()
+    options: dict[str, Any] = {"student": student, "positions": positions, "compare": compare, "progress": progress}
+    if what.is_dir() or what.suffix not in (".yaml", ".yml"):
+        if overrides:
+            raise RecipeError(f"{overrides[0]} is a recipe key, but {what} is a cache; give a recipe to change keys")
+        report = cache_fidelity(what, teacher=teacher, **options)
+    else:
+        recipe = chosen_recipe(what, [*(overrides or []), *([f"teacher.model={teacher}"] if teacher else [])])
+        ready_embedded(recipe, progress)
+        report = recipe_fidelity(recipe, **options)
+    say(f"{report.title}; mass: exact entries, mean and first percentile; cos, error: of the student's gradient")
+    say_table(text_table(FIDELITY_COLUMNS, fidelity_rows(report)))
+    say_table(text_table(PARTS_COLUMNS, parts_rows(report)))
+    say("table, figures and plot: " + ", ".join(str(p) for p in write_fidelity(report, output)))
+
+
+@app.command()
+def embedded(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Make the built-in data, tokenizer, teacher and student of a recipe, where they are not there yet."""
+    from kdcache.errors import RecipeError
+
+    chosen = chosen_recipe(recipe, overrides)
+    if chosen.embedded is None:
+        raise RecipeError(f"{recipe} has no section embedded")
+    ready_embedded(chosen, console_progress())
+    say(f"data and models in {chosen.embedded.directory}")
