@@ -1,22 +1,27 @@
 """A cache opened for reading: splits of sequences, decoded shard by shard.
 
 A shard is verified when it is first opened: size and SHA-256 of its file, then its frame, header,
-commit record, values and sequence digests. Memory is bounded by ``keep`` decoded shards.
+commit record, values and sequence digests. As long as the file stays the one it was (device, inode, size, time of
+change), it is only decoded when it is opened again. Memory is bounded by ``keep`` decoded shards, those read ahead by a
+second thread among them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
 from kdcache.cache import layout
 from kdcache.cache.codec import CachedSequence, ShardContent, decode
 from kdcache.cache.manifest import Manifest, Plan, SplitSummary, parse_manifest, parse_plan
-from kdcache.cache.shard import ShardRecord, decompress, frame_size, read_file, unpack
+from kdcache.cache.shard import FileState, ShardRecord, decompress, frame_size, read_file, read_stated, unpack
 from kdcache.cache.strict_json import parse
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 
@@ -32,7 +37,24 @@ class Cache:
         self.manifest = manifest
         self.id = cache_id
         self._keep = keep
+        self._verified: dict[int, FileState] = {}
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
         self._decoded: OrderedDict[int, ShardContent] = OrderedDict()
+        self._ahead: dict[int, Future[ShardContent]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what belongs to this process: decoded shards and the reading thread."""
+        left_here = ("_process", "_lock", "_decoded", "_ahead", "_reader")
+        return {k: v for k, v in self.__dict__.items() if k not in left_here}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._start_empty()
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -66,24 +88,55 @@ class Cache:
         Raises:
             CorruptCacheError: the shard is not what plan and manifest promise.
         """
-        if index in self._decoded:
-            self._decoded.move_to_end(index)
-            return self._decoded[index]
+        if self._process != os.getpid():  # a fork has no threads, and its lock may be held for ever
+            self._start_empty()
+        with self._lock:
+            if index in self._decoded:
+                self._decoded.move_to_end(index)
+                return self._decoded[index]
+            waiting = self._ahead.pop(index, None)
+        content = self.load(index) if waiting is None or waiting.cancelled() else waiting.result()
+        with self._lock:
+            self._decoded[index] = content
+            while len(self._decoded) > max(1, self._keep - len(self._ahead)):
+                self._decoded.popitem(last=False)
+        return content
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Decode these shards in a second thread, and no longer others; an error is raised where `shard` asks for it."""
+        if self._process != os.getpid():
+            self._start_empty()
+        with self._lock:
+            for index in set(self._ahead) - set(indices):
+                self._ahead.pop(index).cancel()
+            room = self._keep - 1 - len(self._ahead)
+            wanted = [i for i in indices if i not in self._decoded and i not in self._ahead]
+            if wanted and self._reader is None:
+                self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
+            for index in wanted[: max(0, room)]:
+                assert self._reader is not None
+                self._ahead[index] = self._reader.submit(self.load, index)
+
+    def load(self, index: int) -> ShardContent:
+        """Shard ``index`` from disk, verified unless its file is the one that was verified before; not remembered.
+
+        Raises:
+            CorruptCacheError: the shard is not what plan and manifest promise.
+        """
         entry = self.manifest.shards[index]
         path = shard_path(self.directory, index)
-        data = read_file(path, limit=layout.SHARD_LIMIT)
-        if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+        data, state = read_stated(path, limit=layout.SHARD_LIMIT)
+        verified = self._verified.get(index) == state
+        if not verified and (len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256):
             raise CorruptCacheError(
                 f"{path} is damaged: the manifest promises {entry.bytes} bytes with SHA-256 {entry.sha256[:12]}…, "
-                f"found {len(data)} bytes with another hash; kdcache teacher-cache makes this shard again, or fetch it again"
+                f"found {len(data)} bytes with another hash; kdcache repair makes or fetches this shard again"
             )
-        content, record = decode_shard(path, data, self.plan, index, limit=entry.raw_bytes)
+        content, record = decode_shard(path, data, self.plan, index, limit=entry.raw_bytes, verified=verified)
         stated = (entry.content_sha256, entry.raw_bytes, entry.entries)
         if stated != (record.content_sha256, frame_size(data), content.rows.entries):
             raise CorruptCacheError(f"{path} has another content hash, size or entry count than the manifest states")
-        self._decoded[index] = content
-        while len(self._decoded) > self._keep:
-            self._decoded.popitem(last=False)
+        self._verified[index] = state
         return content
 
     def vocabulary(self) -> list[str | None]:
@@ -118,7 +171,14 @@ class Split:
         return self.cache.shard(self.shards[place])[index - self.starts[place]]
 
     def __iter__(self) -> Iterator[CachedSequence]:
-        return (self[i] for i in range(len(self)))
+        for place, index in enumerate(self.shards):
+            self.read_ahead([place + 1] if place + 1 < len(self.shards) else [])
+            content = self.cache.shard(index)
+            yield from (content[i] for i in range(len(content)))
+
+    def read_ahead(self, places: Sequence[int]) -> None:
+        """Decode the split's shards at these places (0 is its first) in a second thread, for who comes to them next."""
+        self.cache.read_ahead([self.shards[p] for p in places])
 
 
 def open_cache(directory: str | Path, *, keep: int = 8) -> Cache:
@@ -170,9 +230,11 @@ def missing_shards(directory: Path, plan: Plan) -> list[int]:
 
 
 def decode_shard(
-    path: Path, data: bytes, plan: Plan, index: int, *, limit: int = layout.SHARD_LIMIT
+    path: Path, data: bytes, plan: Plan, index: int, *, limit: int = layout.SHARD_LIMIT, verified: bool = False
 ) -> tuple[ShardContent, ShardRecord]:
     """Decode a shard's bytes, which unpack to at most ``limit``, and hold them against the plan.
+
+    ``verified``: these bytes have passed every check before; only what decoding needs is looked at again.
 
     Raises:
         CorruptCacheError: naming the file and what is wrong with it.
@@ -188,6 +250,7 @@ def decode_shard(
             design=design,
             entries_limit=expected.positions * design.entry_limit,
             limit=min(limit, layout.SHARD_LIMIT),
+            verified=verified,
         )
         if record.plan_digest != plan.digest:
             raise CorruptCacheError(
@@ -195,7 +258,7 @@ def decode_shard(
             )
         if record.index != index:
             raise CorruptCacheError(f"it is shard {record.index}, not {index}")
-        content = decode(arrays, design=design, values=plan.selection.values)
+        content = decode(arrays, design=design, values=plan.selection.values, verified=verified)
     except CorruptCacheError as exc:
         raise CorruptCacheError(
             f"{path} is not a good shard: {exc}; kdcache teacher-cache makes it again, or fetch it again"

@@ -69,8 +69,11 @@ def unpack(
     design: RowDesign,
     entries_limit: int,
     limit: int = layout.SHARD_LIMIT,
+    verified: bool = False,
 ) -> tuple[Arrays, ShardRecord]:
     """Inverse of `pack`: parsed strictly, nothing believed before it is checked.
+
+    ``verified`` leaves out the content hash, for bytes that have passed it before.
 
     Raises:
         CorruptCacheError: the frame, the header, a tensor's name, dtype or shape, or the content hash is wrong.
@@ -100,7 +103,7 @@ def unpack(
         arrays: Arrays = dict(safetensors.numpy.load(raw))
     except (safetensors.SafetensorError, ValueError, TypeError) as exc:
         raise CorruptCacheError(f"not a safetensors file: {exc}") from exc
-    if content_hash(arrays) != record.content_sha256:
+    if not verified and content_hash(arrays) != record.content_sha256:
         raise CorruptCacheError("the content hash is not that of the tensors")
     return arrays, record
 
@@ -149,24 +152,74 @@ def frame_size(data: bytes) -> int:
     return size
 
 
+FileState = tuple[int, int, int, int]
+
+
 def read_file(path: Path, *, limit: int) -> bytes:
     """All bytes of a regular file of at most ``limit`` bytes.
 
     Raises:
-        CorruptCacheError: missing, not a regular file, or too large.
+        CorruptCacheError: missing, not a regular file, a link out of its cache, or too large.
+        StorageError: it cannot be read.
+    """
+    return read_stated(path, limit=limit)[0]
+
+
+def read_stated(path: Path, *, limit: int) -> tuple[bytes, FileState]:
+    """`read_file`, with the state of the file that was read: device, inode, size, time of change (ns).
+
+    Raises:
+        CorruptCacheError: as `read_file`, or the file changed while it was read.
         StorageError: it cannot be read.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCacheError(f"{path} is not a regular file")
-        if status.st_size > limit:
-            raise CorruptCacheError(f"{path} has {status.st_size} bytes, more than the limit of {limit}")
-        return path.read_bytes()
+        # What is opened is the file that was looked at: no link is followed from here on, and no pipe is waited for.
+        descriptor = os.open(_inside(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptCacheError(f"{path} is not a regular file")
+            if status.st_size > limit:
+                raise CorruptCacheError(f"{path} has {status.st_size} bytes, more than the limit of {limit}")
+            chunks, left = [], status.st_size + 1
+            while left and (chunk := os.read(descriptor, left)):
+                chunks.append(chunk)
+                left -= len(chunk)
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError as exc:
         raise CorruptCacheError(f"{path} is missing") from exc
+    except RuntimeError as exc:
+        raise CorruptCacheError(f"{path} is a link in a circle") from exc
     except OSError as exc:
-        raise StorageError(f"cannot read {path}: {exc.strerror}") from exc
+        raise StorageError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    data, state = b"".join(chunks), _state(status)
+    if len(data) != status.st_size or _state(after) != state:
+        raise CorruptCacheError(f"{path} changed while it was read; let whatever writes it finish, then try again")
+    return data, state
+
+
+def _state(status: os.stat_result) -> FileState:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _inside(path: Path) -> Path:
+    """Where ``path`` really lies: in its cache, or among the blobs that a Hub snapshot's own links point to.
+
+    Raises:
+        CorruptCacheError: a link leads elsewhere.
+    """
+    root = path.parent.parent if path.parent.name == layout.SHARD_DIRECTORY else path.parent
+    real, home = path.resolve(strict=True), root.resolve(strict=True)
+    homes = [home]
+    if root.absolute().parent.name == "snapshots":
+        homes.append(root.absolute().parent.parent.resolve(strict=True) / "blobs")
+    if not any(real.is_relative_to(h) for h in homes):
+        raise CorruptCacheError(
+            f"{path} is a link out of its cache, which is not followed; copy the file itself there (rsync -L, cp -L)"
+        )
+    return real
 
 
 def write_file(path: Path, data: bytes) -> None:

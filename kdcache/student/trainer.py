@@ -137,7 +137,7 @@ class CachedDistillation:
         assert isinstance(dataset, SplitDataset)
         split = dataset.split
         sizes = [split.cache.plan.shards[i].sequences for i in split.shards]
-        return ShardSampler(sizes, cache_id=split.cache.id, seed=self._order_seed)
+        return ShardSampler(sizes, cache_id=split.cache.id, seed=self._order_seed, upcoming=split.read_ahead)
 
 
 class DistillationTrainer(CachedDistillation, transformers.Trainer):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.student.sampler import ShardSampler, epoch_order
+from kdcache.student.sampler import ShardSampler, epoch_order, epoch_windows
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(0, 5), st.integers(0, 5), st.integers(1, 5))
@@ -31,3 +31,16 @@ def test_order_changes_with_cache_seed_and_epoch_and_with_nothing_else():
     sampler.set_epoch(1)
     assert list(sampler) == epoch_order(sizes, cache_id="a", seed=0, epoch=1).tolist()
     assert len(sampler) == 90
+
+
+def test_the_shards_of_the_next_window_are_told_when_a_window_begins():
+    sizes = [3] * 10
+    told = []
+    sampler = ShardSampler(sizes, cache_id="a", seed=0, upcoming=told.append)
+    indices = iter(sampler)
+    windows = [members.tolist() for members, _ in epoch_windows(sizes, cache_id="a", seed=0, epoch=0)]
+    next(indices)
+    assert told == windows[1:2]
+    assert len(list(indices)) == 29
+    assert told == windows[1:]
+    assert sorted(sum(windows, [])) == list(range(10))
