@@ -176,10 +176,11 @@ def plot(results: list[dict[str, Any]], path: Path, key: str, label: str) -> Non
                     *zip(*own, strict=True),
                     marker=mark,
                     label=kind,
-                    linestyle="-" if len({b for b, _ in own}) > 1 else "",
+                    linestyle="-" if len({round(b) for b, _ in own}) > 1 else "",
                 )
         axis.axhline(0, color="black", linewidth=1)
         axis.set_yscale("symlog", linthresh=0.1)
+        axis.margins(y=0.15)
         axis.set(xscale="log", title=f"T = {t:g}", xlabel="bytes per position")
         axis.set_xticks(list(BUDGETS), [str(b) for b in BUDGETS])
         axis.minorticks_off()

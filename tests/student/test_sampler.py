@@ -43,4 +43,4 @@ def test_the_shards_of_the_next_window_are_told_when_a_window_begins():
     assert told == windows[1:2]
     assert len(list(indices)) == 29
     assert told == windows[1:]
-    assert sorted(sum(windows, [])) == list(range(10))
+    assert sorted(s for members in windows for s in members) == list(range(10))
