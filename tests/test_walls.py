@@ -82,6 +82,7 @@ ORDER = [
     "manifest",
     "statistics",
     "card",
+    "directory",
     "reader",
     "writer",
     "verify",

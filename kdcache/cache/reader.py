@@ -17,19 +17,31 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import overload
 
 from kdcache.cache import layout
-from kdcache.cache.codec import CachedSequence, ShardContent, decode
-from kdcache.cache.manifest import Manifest, Plan, SplitSummary, parse_manifest, parse_plan
-from kdcache.cache.shard import FileState, ShardRecord, decompress, frame_size, read_file, read_stated, unpack
-from kdcache.cache.strict_json import parse
+from kdcache.cache.codec import CachedSequence, ShardContent
+from kdcache.cache.directory import decode_shard, missing_shards, read_plan, read_vocabulary, shard_path
+from kdcache.cache.manifest import Manifest, Plan, SplitSummary, parse_manifest
+from kdcache.cache.shard import FileState, frame_size, read_file, read_stated
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+
+__all__ = [
+    "Cache",
+    "Split",
+    "decode_shard",
+    "missing_shards",
+    "open_cache",
+    "read_plan",
+    "read_vocabulary",
+    "shard_path",
+]
 
 _NAMED = 8
 
 
 class Cache:
-    """A complete cache directory. Use `open_cache`."""
+    """A complete cache directory, as a mapping of split names to splits: ``cache["train"][0]``. Use `open_cache`."""
 
     def __init__(self, directory: Path, plan: Plan, manifest: Manifest, cache_id: str, keep: int) -> None:
         self.directory = directory
@@ -70,6 +82,17 @@ class Cache:
     def splits(self) -> dict[str, Split]:
         """The named splits, in the plan's order."""
         return {s.name: self.split(s.name) for s in self.plan.data.splits}
+
+    def __len__(self) -> int:
+        return len(self.plan.data.splits)
+
+    def __iter__(self) -> Iterator[str]:
+        return (s.name for s in self.plan.data.splits)
+
+    def __getitem__(self, name: str) -> Split:
+        if self.plan.split_index(name) is None:
+            raise KeyError(name)
+        return self.split(name)
 
     def split(self, name: str) -> Split:
         """One named split.
@@ -149,7 +172,7 @@ class Cache:
 
 
 class Split:
-    """Sequences of one split: sized, indexable, iterable; item ``i`` is a `CachedSequence`."""
+    """Sequences of one split: sized, indexable, iterable; item ``i`` is a `CachedSequence`, a slice a list of them."""
 
     def __init__(self, cache: Cache, number: int) -> None:
         self.cache = cache
@@ -163,7 +186,13 @@ class Split:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, index: int) -> CachedSequence:
+    @overload
+    def __getitem__(self, index: int) -> CachedSequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CachedSequence]: ...
+    def __getitem__(self, index: int | slice) -> CachedSequence | list[CachedSequence]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"sequence {index} of split {self.name}, which has {len(self)}")
         index %= len(self)
@@ -203,85 +232,3 @@ def open_cache(directory: str | Path, *, keep: int = 8) -> Cache:
     data = read_file(manifest_path, limit=layout.JSON_LIMIT)
     manifest = parse_manifest(data, plan)
     return Cache(directory, plan, manifest, hashlib.sha256(data).hexdigest(), keep)
-
-
-def read_plan(directory: Path) -> Plan:
-    """The plan of a cache directory, complete or not.
-
-    Raises:
-        CacheError: the directory or its plan does not exist.
-    """
-    path = directory / layout.PLAN_FILE
-    if not path.exists():
-        raise CacheError(
-            f"{directory} is not a cache (it has no {layout.PLAN_FILE}); make one with kdcache teacher-cache"
-        )
-    return parse_plan(read_file(path, limit=layout.JSON_LIMIT))
-
-
-def shard_path(directory: Path, index: int) -> Path:
-    """Where shard ``index`` lies."""
-    return directory / layout.SHARD_DIRECTORY / layout.shard_name(index)
-
-
-def missing_shards(directory: Path, plan: Plan) -> list[int]:
-    """Indices of the plan's shards that have no file."""
-    return [i for i in range(len(plan.shards)) if not shard_path(directory, i).exists()]
-
-
-def decode_shard(
-    path: Path, data: bytes, plan: Plan, index: int, *, limit: int = layout.SHARD_LIMIT, verified: bool = False
-) -> tuple[ShardContent, ShardRecord]:
-    """Decode a shard's bytes, which unpack to at most ``limit``, and hold them against the plan.
-
-    ``verified``: these bytes have passed every check before; only what decoding needs is looked at again.
-
-    Raises:
-        CorruptCacheError: naming the file and what is wrong with it.
-    """
-    expected = plan.shards[index]
-    design = plan.design(expected.split)
-    try:
-        arrays, record = unpack(
-            data,
-            sequences=expected.sequences,
-            tokens=expected.tokens,
-            positions=expected.positions,
-            design=design,
-            entries_limit=expected.positions * design.entry_limit,
-            limit=min(limit, layout.SHARD_LIMIT),
-            verified=verified,
-        )
-        if record.plan_digest != plan.digest:
-            raise CorruptCacheError(
-                f"it belongs to plan {record.plan_digest[:12]}, not to this cache's {plan.digest[:12]}"
-            )
-        if record.index != index:
-            raise CorruptCacheError(f"it is shard {record.index}, not {index}")
-        content = decode(arrays, design=design, values=plan.selection.values, verified=verified)
-    except CorruptCacheError as exc:
-        raise CorruptCacheError(
-            f"{path} is not a good shard: {exc}; kdcache teacher-cache makes it again, or fetch it again"
-        ) from exc
-    return content, record
-
-
-def read_vocabulary(directory: Path, plan: Plan) -> list[str | None]:
-    """Token strings by id.
-
-    Raises:
-        CorruptCacheError: the file is missing or is not the one the plan names.
-    """
-    path = directory / layout.VOCABULARY_FILE
-    try:
-        raw = decompress(read_file(path, limit=layout.VOCABULARY_LIMIT), limit=layout.VOCABULARY_LIMIT)
-        if hashlib.sha256(raw).hexdigest() != plan.tokenizer.fingerprint:
-            raise CorruptCacheError("its hash is not the plan's tokenizer fingerprint")
-        tokens = parse(raw, what=layout.VOCABULARY_FILE, limit=layout.VOCABULARY_LIMIT)
-        if not isinstance(tokens, list) or len(tokens) != plan.tokenizer.vocab_size:
-            raise CorruptCacheError(f"it does not list {plan.tokenizer.vocab_size} tokens")
-        if not all(t is None or isinstance(t, str) for t in tokens):
-            raise CorruptCacheError("it lists something that is not a token")
-    except CorruptCacheError as exc:
-        raise CorruptCacheError(f"{path} is not the cache's vocabulary: {exc}") from exc
-    return tokens

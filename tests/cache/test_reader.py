@@ -107,6 +107,18 @@ def test_iterating_gives_what_indexing_gives(cache):
     assert len(ids(train)) == len(train) == 12
 
 
+def test_a_cache_is_a_mapping_of_sized_indexable_splits(cache):
+    opened = open_cache(cache)
+    assert list(opened) == ["train", "validation"]
+    assert len(opened) == 2
+    assert "test" not in opened
+    with pytest.raises(KeyError):
+        opened["test"]
+    train = opened["train"]
+    assert [s.token_ids.tolist() for s in train[1:-1:3]] == ids(train)[1:-1:3]
+    assert train[-1].token_ids.tolist() == ids(train)[-1]
+
+
 def _sum_in_child(opened, queue):
     queue.put(sum(int(s.token_ids.sum()) for s in opened.split("train")))
 
