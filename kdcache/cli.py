@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 
@@ -12,7 +13,9 @@ import typer
 # Imported for the commands they register, in the order in which --help lists them.
 import kdcache.commands.recipes
 
-import kdcache.commands.caches  # noqa: F401 # isort: skip
+import kdcache.commands.caches  # isort: skip
+import kdcache.commands.derive  # isort: skip
+import kdcache.commands.sharing  # noqa: F401 # isort: skip
 from kdcache.commands.app import app, say
 from kdcache.console import printable
 from kdcache.errors import KdcacheError
@@ -27,6 +30,8 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Threads that spin while they wait halve the speed of a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A cluster that takes the machine back says so with SIGTERM: as good a reason to end cleanly as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
         # typer turns Ctrl-C inside a command into this exit code, without a word.

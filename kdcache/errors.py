@@ -10,6 +10,8 @@
     ├── DeviceError              a device that is asked for and not there
     ├── StorageError             the disk: full, unwritable, failing
     ├── TrainingError            a training run that cannot go on or be resumed
+    ├── TransferError            a URL: unreachable, refused, missing, or not fit for what is asked
+    │   └── DamagedObjectError   it answers, and again and again with other bytes than it should
     └── CacheError               a cache directory
         ├── PlanMismatchError    it belongs to another plan
         ├── IncompleteCacheError the teacher run that makes it has not finished
@@ -50,6 +52,14 @@ class StorageError(KdcacheError):
 
 class TrainingError(KdcacheError):
     """A training run cannot start, go on, or be resumed."""
+
+
+class TransferError(KdcacheError):
+    """Something could not be moved to or from another machine."""
+
+
+class DamagedObjectError(TransferError):
+    """An object arrives short, long or with other bytes than its cache promises, however often it is fetched."""
 
 
 class CacheError(KdcacheError):

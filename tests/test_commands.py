@@ -162,12 +162,13 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_student(recipe, values, 
     assert steps == [row.split(",")[0] for row in (whole / "log.csv").read_text().splitlines()]
 
 
-def test_ctrl_c_says_how_to_go_on(recipe, values):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_term_signal_say_how_to_go_on(recipe, values, number):
     # A shard for every sequence: the run is long enough for the signal to come in between on a busy machine, too.
     values["cache"]["positions_per_shard"] = 1
     process = kdcache("teacher-cache", recipe())
     wait_for(lambda: list((Path(values["cache"]["directory"]) / "shards").glob("0*")), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 130
     assert err.count("\n") == 1
@@ -175,8 +176,6 @@ def test_ctrl_c_says_how_to_go_on(recipe, values):
 
 
 def test_a_failing_writer_stops_the_run_at_once(run, recipe, values, monkeypatch):
-    from kdcache.cache import shard
-
     path = recipe()
     real = os.fsync
     calls = []
@@ -188,7 +187,7 @@ def test_a_failing_writer_stops_the_run_at_once(run, recipe, values, monkeypatch
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         code, _, err = run("teacher-cache", path)
     assert code == 2
     assert err.count("\n") == 1

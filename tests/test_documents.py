@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -14,19 +15,7 @@ import pytest
 import yaml
 
 from kdcache.cache import layout
-from kdcache.cache.manifest import (
-    DataPlan,
-    Derivation,
-    Manifest,
-    Plan,
-    ShardEntry,
-    ShardPlan,
-    SplitPlan,
-    SplitSummary,
-    TeacherIdentity,
-    TokenizerIdentity,
-)
-from kdcache.cache.selection import SelectionPlan
+from kdcache.cache.manifest import Manifest, Plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -122,50 +111,154 @@ def test_ci_runs_the_readmes_test_command():
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("exec make test")
 
 
+def section(number):
+    """The text of one numbered section of cache_format.md."""
+    return FORMAT.split(f"\n## {number}. ")[1].split("\n## ")[0]
+
+
+def table(text):
+    """Cells of the Markdown tables of a text, without their heads."""
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_sections_are_those_that_were_agreed_on():
+    titles = re.findall(r"^## (\d+)\. (.*)", FORMAT, flags=re.MULTILINE)
+    assert [int(number) for number, _ in titles] == list(range(1, 18))
+    for (_, title), word in zip(titles, (
+        "Status", "Terms", "Directory", "Container", "commit record", "Tensors", "Invariants", "Meaning", "manifest",
+        "Size", "byte by byte", "Golden", "Compatibility", "What breaks", "Security", "reader", "Change log",
+    ), strict=True):  # fmt: skip
+        assert word in title
+    assert "1.0, frozen" in section(1)
+    assert layout.VERSION == 1
+    assert {int(n) for n in re.findall(r"[Ss]ections? (\d+)", FORMAT)} <= set(range(1, 18))
+    assert all(len(line) <= 120 for line in FORMAT.splitlines() if not line.startswith("|"))
+
+
 def test_tensor_table():
-    rows = re.findall(r"^\| `([a-z._]+)` \| `([^`]+)` \| `([A-Z0-9,]+)` \|", FORMAT, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z._]+)` \| `([^`]+)` \| `([A-Z0-9,]+)` \|", section(6), flags=re.MULTILINE)
     assert {name: (dtype.replace("\\|", "|"), shape) for name, dtype, shape in rows} == layout.TENSORS
     assert [name for name, _, _ in rows] == list(layout.TENSORS)
 
 
 def test_constants_and_names():
-    for number in (
-        layout.HEADER_LIMIT, layout.SHARD_LIMIT, layout.JSON_LIMIT, layout.VOCAB_LIMIT, layout.ZSTD_WINDOW_LIMIT,
-    ):  # fmt: skip
-        assert f"{number:,}" in FORMAT
+    limits = dict(re.findall(r"^\| ([a-zA-Z, ]+) \| ([\d,]+) \|", section(4), flags=re.MULTILINE))
+    assert limits == {
+        "safetensors header": f"{layout.HEADER_LIMIT:,}",
+        "shard, packed or unpacked": f"{layout.SHARD_LIMIT:,}",
+        "JSON file": f"{layout.JSON_LIMIT:,}",
+        "vocabulary, packed or unpacked": f"{layout.VOCABULARY_LIMIT:,}",
+    }
+    for number in (layout.VOCAB_LIMIT, layout.ZSTD_WINDOW_LIMIT):
+        assert f"{number:,}" in section(4)
     for name in (
         layout.PLAN_FILE,
         layout.VOCABULARY_FILE,
+        f"{layout.SHARD_DIRECTORY}/{layout.shard_name(0)}",
         layout.MANIFEST_FILE,
         layout.CARD_FILE,
-        layout.shard_name(0),
+        layout.TEMPORARY_PREFIX,
     ):
-        assert name in FORMAT
-    assert f"version {layout.VERSION}" in FORMAT
-    assert layout.TEMPORARY_PREFIX in FORMAT
+        assert name in section(3)
+    assert f"level {layout.ZSTD_LEVEL} " in section(4)
+    assert f"first {layout.DIGEST_BYTES} bytes of SHA-256" in section(6)
+    assert (layout.HEAD_STEP, layout.TAIL_STEP, layout.REST_STEP) == (1 / 16, 1 / 2, 2**-10)
+    assert layout.REST_LIMIT == 32
+    losses = section(6).split("What is lost")[1]
+    assert f"{layout.LEVEL_LIMIT / 16:,}" in losses
+    assert f"-{layout.HALF_LIMIT:,.0f}" in losses
 
 
-def test_fields_of_plan_and_manifest():
-    models = (
-        Plan, TeacherIdentity, TokenizerIdentity, DataPlan, SplitPlan, SelectionPlan, ShardPlan, Derivation, Manifest,
-        SplitSummary, ShardEntry,
-    )  # fmt: skip
-    for model in models:
-        for field in model.model_fields:
-            assert f"`{field}`" in FORMAT or f"{field}[]`" in FORMAT, (model.__name__, field)
+def test_fields_of_the_commit_record():
+    from kdcache.cache import codec, shard
+    from tests.cache.samples import sample_sequences
+
+    packed = shard.pack(codec.encode(sample_sequences(2), values="quantised"), plan_digest="a" * 64, index=0)
+    raw = shard.decompress(packed, limit=1 << 20)
+    size = int.from_bytes(raw[:8], "little")
+    record = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"][layout.METADATA_KEY])
+    assert {name.strip("`") for name, _ in table(section(5))} == set(record)
 
 
-def test_every_invariant_has_a_number_in_the_document():
+def described(schema):
+    """A pydantic field's type in the words of cache_format.md."""
+    if "anyOf" in schema:
+        return f"{described(schema['anyOf'][0])} or null"
+    if "const" in schema or "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum") or [schema["const"]])
+    low, high, below = (schema.get(k) for k in ("minimum", "maximum", "exclusiveMaximum"))
+    match schema.get("type"):
+        case None:
+            return "object"
+        case "object":
+            return "texts by name" if schema.get("additionalProperties") else "object"
+        case "string":
+            pattern = schema.get("pattern")
+            return {None: "text", "^[0-9a-f]{64}$": "SHA-256"}.get(pattern, f"`{pattern}`")
+        case "array":
+            sizes = f"{schema.get('minItems', 0)} to {schema['maxItems']:,}: " if "maxItems" in schema else ""
+            return f"list of {sizes}{described(schema['items'])}"
+        case "integer" if below == 1 << 53:
+            return "count" if low == 0 else f"count, at least {low}"
+        case "integer" | "number" as kind:
+            if kind == "integer" and below is not None:
+                high, below = below - 1, None
+            bounds = {"at least": low, "above": schema.get("exclusiveMinimum"), "at most": high, "below": below}
+            shown = {k: f"{v:,g}" if kind == "number" else f"{v:,}" for k, v in bounds.items() if v is not None}
+            return ", ".join([kind, *(f"{k} {v}" for k, v in shown.items())])
+        case kind:
+            return kind
+
+
+def documented_fields(model):
+    """Dotted name and type of every field, in order."""
+    schema = model.model_json_schema()
+
+    def walk(node, prefix):
+        for name, field in node["properties"].items():
+            inner = field.get("anyOf", [field])[0]
+            items = inner.get("items", {})
+            reference = inner.get("$ref") or items.get("$ref")
+            dotted = f"{prefix}{name}{'[]' if '$ref' in items else ''}"
+            yield f"`{dotted}`", described(field)
+            if reference:
+                yield from walk(schema["$defs"][reference.split("/")[-1]], f"{dotted}.")
+
+    return list(walk(schema, ""))
+
+
+@pytest.mark.parametrize(("model", "title"), [(Plan, "### 9.2 "), (Manifest, "### 9.4 ")])
+def test_fields_of_plan_and_manifest(model, title):
+    text = section(9).split(title)[1].split("\n### ")[0]
+    assert [(name, kind) for name, kind, _ in table(text)] == documented_fields(model)
+
+
+def test_every_invariant_is_in_the_document_with_its_rule():
     source = "".join((ROOT / "kdcache/cache" / n).read_text() for n in ("invariants.py", "codec.py"))
-    used = {int(n) for n in re.findall(r"invariant (\d+) ", source)} | {
-        int(n) for n in re.findall(r"\b_refuse\((\d+)", source)
-    }
-    section = FORMAT.split("## 5. Invariants")[1].split("## 6.")[0]
-    assert used == {int(n) for n in re.findall(r"^(\d+)\. ", section, flags=re.MULTILINE)}
+    used = re.findall(r"invariant (\d+) \(([^){]+)", source) + re.findall(r"\brefuse\((\d+), f?\"([^\"{]+)", source)
+    items = dict(re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^$)", section(7), flags=re.MULTILINE | re.DOTALL))
+    assert {number for number, _ in used} == set(items)
+    for number, rule in used:
+        assert f'"{rule.strip()}' in re.sub(r"\s+", " ", items[number])
+
+
+def test_the_documented_size_is_that_of_the_tensors():
+    """Section 10: bytes before zstd, beside the header."""
+    from kdcache.cache.codec import expected_tensors
+    from tests.cache.samples import SELECTIONS, VOCAB
+
+    counts = {"sequences": 7, "tokens": 90, "positions": 60, "head": 500, "tail": 800}
+    for name, selection in SELECTIONS.items():
+        tensors = expected_tensors(**counts, design=selection.design(VOCAB))
+        size = sum(math.prod(shape) * {"U8": 1, "U32": 4}[dtype] for dtype, shape in tensors.values())
+        documented = 60 * (2 * len(selection.temperatures) + 6) + 7 * 20 + 90 * (2 + 1) + 1300 * (2 + 2)
+        documented += {"ids_alone": 60 * 2 - 800 * 2, "random_sampling": 1300}.get(name, 0)
+        assert size == documented, name
 
 
 def test_the_documented_arithmetic_reads_a_shard(shared_cache):
-    """Section 6 by hand: raw safetensors and numpy only, against the library."""
+    """Section 8 by hand: raw safetensors and numpy only, against the library."""
     import numpy as np
     import safetensors.numpy
     import zstandard
@@ -200,7 +293,7 @@ def test_the_documented_arithmetic_reads_a_shard(shared_cache):
 
 
 def test_the_documented_draws():
-    """Section 6: the uniform numbers from the digests alone."""
+    """Section 8: the uniform numbers from the digests alone."""
     import hashlib
 
     import numpy as np

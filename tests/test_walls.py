@@ -73,6 +73,7 @@ def test_no_room_reaches_where_it_must_not(room, forbidden):
 ORDER = [
     "layout",
     "strict_json",
+    "files",
     "numbers",
     "rows",
     "invariants",
@@ -86,6 +87,18 @@ ORDER = [
     "reader",
     "writer",
     "verify",
+    "derive",
+    "subset",
+    "merge",
+    "repair",
+    "leases",
+    "pace",
+    "remote",
+    "transfer",
+    "receive",
+    "share",
+    "hub",
+    "store",
 ]
 
 

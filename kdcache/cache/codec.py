@@ -67,6 +67,16 @@ class ShardContent:
         before = np.concatenate(([0], np.cumsum(self.targets)))
         return before[self.token_offsets]
 
+    @cached_property
+    def digests(self) -> NDArray[np.uint8]:
+        """uint8 ``[S, 16]``: `sequence_digest` of every sequence."""
+        flags, ids = self.targets.astype("|u1").tobytes(), self.token_ids.astype("<u4").tobytes()
+        joined = b"".join(
+            hashlib.sha256(ids[4 * a : 4 * b] + flags[a:b]).digest()[:DIGEST_BYTES]
+            for a, b in pairwise(self.token_offsets.tolist())
+        )
+        return np.frombuffer(joined, dtype="|u1").reshape(len(self), DIGEST_BYTES)
+
     def __getitem__(self, index: int) -> CachedSequence:
         tokens, rows = self.token_offsets, self.row_offsets
         span = slice(int(tokens[index]), int(tokens[index + 1]))
@@ -195,10 +205,8 @@ def expected_tensors(
 
 
 def sequence_digests(content: ShardContent) -> NDArray[np.uint8]:
-    """uint8 ``[S, 16]``: `sequence_digest` of every sequence."""
-    bounds = content.token_offsets
-    joined = b"".join(sequence_digest(content.token_ids[a:b], content.targets[a:b]) for a, b in pairwise(bounds))
-    return np.frombuffer(joined, dtype="|u1").reshape(len(content), DIGEST_BYTES)
+    """uint8 ``[S, 16]``: `sequence_digest` of every sequence; worked out once."""
+    return content.digests
 
 
 def _counts(stored: NDArray[np.generic] | None) -> NDArray[np.uint8] | None:

@@ -108,6 +108,8 @@ class Plan(Strict):
 
     @model_validator(mode="after")
     def _shards_tile_the_splits(self) -> Plan:
+        if len({s.name for s in self.data.splits}) != len(self.data.splits):
+            raise ValueError("split names should differ")
         reached = [0] * len(self.data.splits)
         totals = [[0, 0] for _ in self.data.splits]
         for number, shard in enumerate(self.shards):

@@ -17,14 +17,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
 from kdcache.cache import layout
 from kdcache.cache.codec import CachedSequence, ShardContent
 from kdcache.cache.directory import decode_shard, missing_shards, read_plan, read_vocabulary, shard_path
+from kdcache.cache.files import FileState
 from kdcache.cache.manifest import Manifest, Plan, SplitSummary, parse_manifest
-from kdcache.cache.shard import FileState, frame_size, read_file, read_stated
+from kdcache.cache.shard import frame_size, read_file, read_stated
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+
+if TYPE_CHECKING:
+    from kdcache.views import TorchView
 
 __all__ = [
     "Cache",
@@ -204,6 +208,18 @@ class Split:
             self.read_ahead([place + 1] if place + 1 < len(self.shards) else [])
             content = self.cache.shard(index)
             yield from (content[i] for i in range(len(content)))
+
+    def to_torch(self, *, temperature: float | None = None, **options: Any) -> TorchView:
+        """The split as a torch data set: `kdcache.views.to_torch`."""
+        from kdcache.views import to_torch
+
+        return to_torch(self, temperature=temperature, **options)
+
+    def to_datasets(self, *, temperature: float | None = None, **options: Any) -> Any:
+        """The split as a `datasets.Dataset`: `kdcache.views.to_datasets`."""
+        from kdcache.views import to_datasets
+
+        return to_datasets(self, temperature=temperature, **options)
 
     def read_ahead(self, places: Sequence[int]) -> None:
         """Decode the split's shards at these places (0 is its first) in a second thread, for who comes to them next."""

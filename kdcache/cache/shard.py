@@ -2,8 +2,7 @@
 
 A shard is one zstd frame around one safetensors file, so that ``zstd -d`` gives a file any tool opens.
 One metadata key carries the commit record: format, version, plan digest, shard index and a content
-hash over the raw tensors, which survives recompression. Files are written under a temporary name in
-the same directory, flushed to disk and renamed: a file with a final name is complete.
+hash over the raw tensors, which survives recompression.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import zstandard
 
 from kdcache.cache import layout
 from kdcache.cache.codec import Arrays, expected_tensors
+from kdcache.cache.files import FileState, file_state
 from kdcache.cache.rows import RowDesign
 from kdcache.cache.strict_json import parse_object
 from kdcache.errors import CorruptCacheError, StorageError
@@ -152,9 +151,6 @@ def frame_size(data: bytes) -> int:
     return size
 
 
-FileState = tuple[int, int, int, int]
-
-
 def read_file(path: Path, *, limit: int) -> bytes:
     """All bytes of a regular file of at most ``limit`` bytes.
 
@@ -194,14 +190,10 @@ def read_stated(path: Path, *, limit: int) -> tuple[bytes, FileState]:
         raise CorruptCacheError(f"{path} is a link in a circle") from exc
     except OSError as exc:
         raise StorageError(f"cannot read {path}: {exc.strerror or exc}") from exc
-    data, state = b"".join(chunks), _state(status)
-    if len(data) != status.st_size or _state(after) != state:
+    data, state = b"".join(chunks), file_state(status)
+    if len(data) != status.st_size or file_state(after) != state:
         raise CorruptCacheError(f"{path} changed while it was read; let whatever writes it finish, then try again")
     return data, state
-
-
-def _state(status: os.stat_result) -> FileState:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _inside(path: Path) -> Path:
@@ -220,40 +212,6 @@ def _inside(path: Path) -> Path:
             f"{path} is a link out of its cache, which is not followed; copy the file itself there (rsync -L, cp -L)"
         )
     return real
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write atomically and durably: temporary sibling, fsync, rename, fsync of the directory.
-
-    Raises:
-        StorageError: any step failed; the temporary file is gone and ``path`` is as it was.
-    """
-    temporary = path.with_name(f"{layout.TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(6)}")
-    try:
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            with os.fdopen(descriptor, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.rename(path)
-            sync_directory(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as exc:
-        raise StorageError(
-            f"cannot write {path}: {exc.strerror or exc}; everything committed before is intact, "
-            "free some space and run the same command again"
-        ) from exc
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename in ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _entries(header: dict[str, object], name: str, limit: int) -> int:
@@ -279,11 +237,11 @@ def _header(raw: bytes) -> tuple[dict[str, object], ShardRecord]:
     record = parse_object(str(metadata[layout.METADATA_KEY]).encode("utf-8", "replace"), what="the shard record")
     if set(record) != {"format", "version", "plan", "index", "content"} or record["format"] != layout.FORMAT:
         raise CorruptCacheError("not a kdcache shard: unknown fields in the shard record")
-    if record["version"] != layout.VERSION:
+    if type(record["version"]) is not int or record["version"] != layout.VERSION:
         raise CorruptCacheError(
             f"shard format version {record['version']}, this kdcache reads version {layout.VERSION}"
         )
     plan, index, content = record["plan"], record["index"], record["content"]
-    if not isinstance(plan, str) or not isinstance(index, int) or not isinstance(content, str):
+    if not isinstance(plan, str) or type(index) is not int or not isinstance(content, str):
         raise CorruptCacheError("not a kdcache shard: a field of the shard record has the wrong type")
     return header, ShardRecord(plan_digest=plan, index=index, content_sha256=content)

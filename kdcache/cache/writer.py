@@ -1,21 +1,31 @@
 """A cache being made: plan first, shards as their own commit records, manifest last.
 
-No locks and no clocks: any process may make any shard of the plan, at any time, again. What is not
-yet there is found by looking; what is there is decoded and checked before it is counted.
+No locks: any process may make any shard of the plan, at any time, again. What is not yet there is found
+by looking; what is there is decoded and checked before it is counted, once per process and file.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.cache import layout
 from kdcache.cache.card import data_card
 from kdcache.cache.codec import ShardContent, encode
-from kdcache.cache.manifest import Manifest, Plan, ShardEntry
+from kdcache.cache.files import (
+    FileState,
+    create_file,
+    file_state,
+    make_directory,
+    remove_left_over,
+    sync_directory,
+    write_file,
+)
+from kdcache.cache.manifest import Manifest, Plan, ShardEntry, parse_manifest
 from kdcache.cache.reader import decode_shard, missing_shards, read_plan, read_vocabulary, shard_path
-from kdcache.cache.shard import compress, frame_size, pack, read_file, write_file
+from kdcache.cache.shard import ShardRecord, compress, frame_size, pack, read_file, read_stated
 from kdcache.cache.statistics import RowStatistics, summarise
 from kdcache.cache.strict_json import canonical
 from kdcache.errors import CacheError, CorruptCacheError, PlanMismatchError, StorageError
@@ -23,12 +33,13 @@ from kdcache.errors import CacheError, CorruptCacheError, PlanMismatchError, Sto
 
 @dataclass(frozen=True)
 class _Committed:
+    state: FileState
     entry: ShardEntry
     statistics: RowStatistics
 
 
 class CacheWriter:
-    """Writes the shards of one plan into one directory.
+    """Writes the shards of one plan into one directory, beside any number of other processes that do the same.
 
     Args:
         directory: created if absent; otherwise empty, or holding the same plan.
@@ -46,14 +57,14 @@ class CacheWriter:
         self.plan = plan
         self._digest = plan.digest
         self._committed: dict[int, _Committed] = {}
+        self._folders = (self.directory, self.directory / layout.SHARD_DIRECTORY)
         if refuse_occupied(self.directory):
             refuse_other_plan(self.directory, plan)
-        try:
-            (self.directory / layout.SHARD_DIRECTORY).mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise StorageError(f"cannot make the cache directory {self.directory}: {exc.strerror}") from exc
-        if not (self.directory / layout.PLAN_FILE).exists():
-            write_file(self.directory / layout.PLAN_FILE, plan.to_bytes())
+        make_directory(self.directory / layout.SHARD_DIRECTORY)
+        path = self.directory / layout.PLAN_FILE
+        if not path.exists() and create_file(path, plan.to_bytes()) is None:
+            refuse_other_plan(self.directory, plan)
+        self._clear()
         try:
             read_vocabulary(self.directory, plan)
         except CorruptCacheError:
@@ -65,26 +76,36 @@ class CacheWriter:
         """Whether the manifest exists and every shard has a file."""
         return (self.directory / layout.MANIFEST_FILE).exists() and not missing_shards(self.directory, self.plan)
 
-    def survey(self) -> tuple[list[int], list[str]]:
-        """Check what is committed. Returns the shards still to make, and what was wrong with broken ones."""
+    def survey(self, indices: Iterable[int] | None = None) -> tuple[list[int], list[str]]:
+        """Check what is committed, of all shards or some. Returns those still to make, and what is wrong with broken ones.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
         todo, complaints = [], []
-        for index in range(len(self.plan.shards)):
-            path = shard_path(self.directory, index)
-            if not path.exists():
+        for index in range(len(self.plan.shards)) if indices is None else indices:
+            if self._state(index) is None:
                 todo.append(index)
                 continue
             try:
-                data = read_file(path, limit=layout.SHARD_LIMIT)
-                content, record = decode_shard(path, data, self.plan, index)
+                self._examine(index)
             except CorruptCacheError as exc:
                 complaints.append(str(exc))
                 todo.append(index)
-                continue
-            self._remember(index, data, content, record.content_sha256)
         return todo, complaints
+
+    def unfinished(self) -> list[int]:
+        """Shards that are missing, or, where none is, broken. Files that this process has not read yet are read.
+
+        Whoever commits first and looks then can be sure that one of all the processes finds nothing missing.
+        """
+        missing = [i for i in range(len(self.plan.shards)) if self._state(i) is None]
+        return missing or self.survey(self._unread())[0]
 
     def commit(self, index: int, content: ShardContent) -> int:
         """Check, encode and durably write shard ``index``; returns the file's size in bytes.
+
+        A good shard that is there already stays as it is.
 
         Raises:
             CorruptCacheError: the content breaks an invariant of the format.
@@ -96,21 +117,37 @@ class CacheWriter:
         # What was just packed is read back as a stranger would, so that no shard is ever committed
         # that a reader refuses.
         checked, record = decode_shard(path, data, self.plan, index)
-        self._refuse_other_content(index, path, record.content_sha256)
-        write_file(path, data)
-        self._remember(index, data, checked, record.content_sha256)
+        state = create_file(path, data) if self._state(index) is None else None
+        if state is None:
+            try:
+                existing = self._examine(index)
+            except CorruptCacheError:
+                state = write_file(path, data)
+            else:
+                if existing.content_sha256 != record.content_sha256:
+                    raise CacheError(
+                        f"{path} was made by another process with other content (another GPU or library version?); let "
+                        "one machine make this cache, or remove the shard and run again"
+                    )
+                return self._committed[index].entry.bytes
+        self._remember(index, state, data, checked, record)
         return len(data)
 
     def finalise(self) -> Manifest:
-        """Write data card and manifest, and clear away temporary files of killed runs. Idempotent.
+        """Write data card and manifest where they are not there yet, and clear away what killed runs left. Idempotent.
+
+        What the manifest says is of the files as they are now, whoever made them.
 
         Raises:
-            CacheError: shards are missing or broken.
+            CacheError: shards are missing or broken, or the plan has been replaced.
         """
-        if len(self._committed) < len(self.plan.shards):
-            todo, complaints = self.survey()
-            if todo:
-                raise CacheError(f"{len(todo)} shards are missing or broken: {(complaints or todo)[:3]}")
+        todo, complaints = self.survey(self._unread())
+        if todo:
+            raise CacheError(
+                f"{self.directory}: {len(todo)} shards are missing or broken ({(complaints or todo)[:3]}); "
+                "run kdcache teacher-cache again"
+            )
+        refuse_other_plan(self.directory, self.plan)
         entries = [self._committed[i] for i in range(len(self.plan.shards))]
         summaries = tuple(
             summarise(
@@ -127,36 +164,76 @@ class CacheWriter:
         )
         card = self.directory / layout.CARD_FILE
         if not card.exists():  # people add licence and notes to it
-            write_file(card, data_card(self.plan, manifest).encode())
-        write_file(self.directory / layout.MANIFEST_FILE, manifest.to_bytes())
-        for folder in (self.directory, self.directory / layout.SHARD_DIRECTORY):
-            for debris in folder.glob(f"{layout.TEMPORARY_PREFIX}*"):
-                debris.unlink(missing_ok=True)
+            create_file(card, data_card(self.plan, manifest).encode())
+        if self._manifest() != manifest:
+            self._sync()
+            write_file(self.directory / layout.MANIFEST_FILE, manifest.to_bytes())
+        self._clear()
         return manifest
 
-    def _refuse_other_content(self, index: int, path: Path, content_sha256: str) -> None:
-        """Another process may have made the shard meanwhile: the same content is fine, another one is not."""
-        if not path.exists():
-            return
-        try:
-            _, existing = decode_shard(path, read_file(path, limit=layout.SHARD_LIMIT), self.plan, index)
-        except CorruptCacheError:
-            return
-        if existing.content_sha256 != content_sha256:
-            raise CacheError(
-                f"{path} was made by another process with other content (another GPU or library version?); let one "
-                "machine make this cache, or remove the shard and run again"
-            )
+    def settled(self) -> Manifest | None:
+        """The manifest that is there, if it agrees with every shard that this process has read and the size of others.
 
-    def _remember(self, index: int, data: bytes, content: ShardContent, content_sha256: str) -> None:
+        So of many workers on a complete cache each need only read its own shards.
+        """
+        manifest = self._manifest()
+        if manifest is None:
+            return None
+        for index, entry in enumerate(manifest.shards):
+            known, state = self._committed.get(index), self._state(index)
+            if state is None or state[2] != entry.bytes or (known and (known.entry, known.state) != (entry, state)):
+                return None
+        return manifest
+
+    def _manifest(self) -> Manifest | None:
+        """The manifest that is there and belongs to the plan."""
+        try:
+            return parse_manifest(read_file(self.directory / layout.MANIFEST_FILE, limit=layout.JSON_LIMIT), self.plan)
+        except CorruptCacheError:
+            return None
+
+    def _sync(self) -> None:
+        """What killed processes committed may not be durable yet; the manifest is not to be there before it."""
+        try:
+            for folder in self._folders:
+                sync_directory(folder)
+        except OSError as exc:
+            raise StorageError(f"cannot write {self.directory}: {exc.strerror or exc}; look after the disk") from exc
+
+    def _clear(self) -> None:
+        for folder in self._folders:
+            remove_left_over(folder)
+
+    def _state(self, index: int) -> FileState | None:
+        try:
+            return file_state(shard_path(self.directory, index).stat())
+        except OSError:
+            return None
+
+    def _unread(self) -> list[int]:
+        """Shards that this process has not read, or that have another file since then."""
+        return [
+            index
+            for index in range(len(self.plan.shards))
+            if index not in self._committed or self._committed[index].state != self._state(index)
+        ]
+
+    def _examine(self, index: int) -> ShardRecord:
+        path = shard_path(self.directory, index)
+        data, state = read_stated(path, limit=layout.SHARD_LIMIT)
+        content, record = decode_shard(path, data, self.plan, index)
+        self._remember(index, state, data, content, record)
+        return record
+
+    def _remember(self, index: int, state: FileState, data: bytes, content: ShardContent, record: ShardRecord) -> None:
         entry = ShardEntry(
             sha256=hashlib.sha256(data).hexdigest(),
-            content_sha256=content_sha256,
+            content_sha256=record.content_sha256,
             bytes=len(data),
             raw_bytes=frame_size(data),
             entries=content.rows.entries,
         )
-        self._committed[index] = _Committed(entry, RowStatistics.of(content.rows))
+        self._committed[index] = _Committed(state, entry, RowStatistics.of(content.rows))
 
 
 def refuse_other_plan(directory: Path, plan: Plan) -> None:
@@ -183,15 +260,17 @@ def refuse_occupied(directory: Path) -> bool:
         CacheError: it holds something else.
         StorageError: it cannot be read.
     """
-    if not directory.exists():
-        return False
     try:
+        if not directory.exists():
+            return False
         found = {p.name for p in directory.iterdir() if not p.name.startswith(layout.TEMPORARY_PREFIX)}
         shards = directory / layout.SHARD_DIRECTORY
         empty = not found - {layout.SHARD_DIRECTORY} and not (shards.exists() and any(shards.iterdir()))
+        # Asked last: another process may have begun the cache while this one looked.
+        planned = (directory / layout.PLAN_FILE).exists()
     except OSError as exc:
         raise StorageError(f"cannot read the cache directory {directory}: {exc.strerror}") from exc
-    if layout.PLAN_FILE in found:
+    if planned:
         return True
     if not empty:
         raise CacheError(

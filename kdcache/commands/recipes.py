@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -24,6 +25,9 @@ from kdcache.commands.app import (
 from kdcache.console import text_table
 from kdcache.summary import capture_lines, estimate_lines
 
+if TYPE_CHECKING:
+    from kdcache.recipe import Recipe
+
 
 @app.command()
 def teacher_cache(
@@ -36,24 +40,60 @@ def teacher_cache(
     if_incomplete: Annotated[
         bool, typer.Option("--if-incomplete", help="Do nothing when the cache directory is complete already.")
     ] = False,
+    worker: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="I/N",
+            show_default=False,
+            help="Make every N-th shard from number I on, beside other processes; the last one finishes the cache. Without "
+            "it the variables of torchrun (torchrun --nproc-per-node N -m kdcache teacher-cache ...), of srun and of Slurm "
+            "arrays say so, and a process that finds none makes every shard.",
+        ),
+    ] = None,
 ) -> None:
     """Run the teacher once and write its cache; run again to go on where it stopped."""
+    from kdcache.teacher.workers import which_worker
+
+    share = which_worker(worker, os.environ)
     chosen, progress = chosen_recipe(recipe, overrides), console_progress()
     if if_incomplete and is_complete(chosen.cache.directory):
         say(f"cache {chosen.cache.directory}: complete already")
         return
+    if share.count > 1:
+        _refuse_to_make_models(chosen, recipe)
     ready_embedded(chosen, progress)
     if dry_run:
         from kdcache.teacher.estimate import estimate
 
         say_lines(estimate_lines(estimate(chosen, progress)))
         return
-    from kdcache.teacher.capture import capture
+    from kdcache.teacher.capture import ShareResult, capture_share
 
-    lines, warning = capture_lines(capture(chosen, progress))
+    done = capture_share(chosen, share, progress)
+    if isinstance(done, ShareResult):
+        say(
+            f"{share}: {done.shards_made} shards made in {done.seconds:.0f} s; {len(done.unfinished)} of "
+            f"{len(done.plan.shards)} shards of the cache {done.directory} are still to come from other workers. Whoever "
+            "is last finishes it; if one was stopped, kdcache teacher-cache makes its shards"
+        )
+        return
+    lines, warning = capture_lines(done)
     say_lines(lines)
     if warning is not None:
         progress.warning(warning)
+
+
+def _refuse_to_make_models(recipe: Recipe, path: Path) -> None:
+    """Models made by several workers at once would be in each other's way."""
+    from kdcache.errors import RecipeError
+
+    section = recipe.embedded
+    if section is None:
+        return
+    if not all((Path(section.directory) / name / "config.json").exists() for name in ("teacher", "student")):
+        raise RecipeError(
+            f"several workers should find the models in {section.directory} ready; make them first with kdcache embedded {path}"
+        )
 
 
 @app.command()

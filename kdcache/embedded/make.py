@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.shard import write_file
+from kdcache.cache.files import write_file
 from kdcache.data.examples import load_examples
 from kdcache.data.tokens import TokenRow, tokenise
 from kdcache.embedded.instructions import generate

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-from kdcache.cache.shard import write_file
+from kdcache.cache.files import write_file
 from kdcache.student.trainer import DIVERGENCE_KEYS
 
 _LOG_COLUMNS = ("step", "epoch", "loss", "ce", *DIVERGENCE_KEYS, "learning_rate", "grad_norm")

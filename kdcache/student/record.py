@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kdcache.cache.files import write_file
 from kdcache.cache.reader import Cache
-from kdcache.cache.shard import write_file
 from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
 from kdcache.progress import Progress

@@ -1,6 +1,5 @@
 """A shard's bytes: reproducible, strict when read, atomic when written."""
 
-import errno
 import json
 import os
 import struct
@@ -12,7 +11,8 @@ import zstandard
 
 from kdcache.cache import layout, shard
 from kdcache.cache.codec import encode
-from kdcache.errors import CacheError, CorruptCacheError, StorageError
+from kdcache.cache.files import write_file
+from kdcache.errors import CacheError, CorruptCacheError
 from tests.cache.samples import SELECTIONS, sample_sequences
 
 
@@ -165,53 +165,10 @@ def test_a_frame_that_is_not_ours_is_refused(data):
         shard.unpack(data, **COUNTS)
 
 
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename", "directory"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch, call, code):
-    path = tmp_path / "file"
-    shard.write_file(path, b"old")
-
-    def fail(*args, **kwargs):
-        raise OSError(code, os.strerror(code))
-
-    with monkeypatch.context() as patch:
-        if call == "open":
-            patch.setattr(shard.os, "open", fail)
-        elif call == "write":
-            real = os.fdopen
-
-            def fdopen(*args, **kwargs):
-                handle = real(*args, **kwargs)
-
-                class Full:
-                    def __enter__(self):
-                        return self
-
-                    def __exit__(self, *exc):
-                        handle.close()
-
-                    write = staticmethod(fail)
-
-                return Full()
-
-            patch.setattr(shard.os, "fdopen", fdopen)
-        elif call == "fsync":
-            patch.setattr(shard.os, "fsync", fail)
-        elif call == "rename":
-            patch.setattr(shard.Path, "rename", fail)
-        else:
-            patch.setattr(shard, "sync_directory", fail)
-        with pytest.raises(StorageError, match="cannot write"):
-            shard.write_file(path, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    # Only a failure behind the rename may leave the new content, and then it is whole.
-    assert path.read_bytes() == (b"new" if call == "directory" else b"old")
-
-
 def test_files_respect_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
-        shard.write_file(tmp_path / "file", b"x")
+        write_file(tmp_path / "file", b"x")
     finally:
         os.umask(old)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640

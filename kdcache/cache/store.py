@@ -1,0 +1,177 @@
+"""Caches by URL: brought into a bounded local store when they are first opened, and read from there.
+
+``KDCACHE_HOME`` (default ``~/.cache/kdcache``) says where the store lies, ``KDCACHE_STORE_LIMIT`` (default ``20GiB``) how
+much it may hold. What was opened longest ago goes first; nothing goes that a process has open, or that the store did not
+bring itself.
+
+Opening a URL again costs its manifest and plan, which tell whether it still holds the same cache. A URL that names one
+cache for good (``#cache-id=HEX``, or ``@CACHE-ID`` and ``@COMMIT`` of a Hub repository) is not asked again at all, so it
+also opens without a network. Any other is never answered from the store alone: what lies there may be out of date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import weakref
+from pathlib import Path
+
+from kdcache.cache import layout, reader
+from kdcache.cache.directory import missing_shards, read_plan
+from kdcache.cache.leases import Lease, Record, Shelf
+from kdcache.cache.pace import Retry
+from kdcache.cache.receive import Head, pull_into, read_head
+from kdcache.cache.remote import Location, Place, parse_location
+from kdcache.cache.shard import read_file
+from kdcache.cache.transfer import Transfer
+from kdcache.errors import CacheError, StorageError, TransferError
+from kdcache.progress import Progress, Silent
+
+_HOME, _LIMIT = "KDCACHE_HOME", "KDCACHE_STORE_LIMIT"
+_DEFAULT_LIMIT = "20GiB"
+_UNITS = (
+    {"": 1, "b": 1}
+    | {f"{u}ib": 1024**n for n, u in enumerate("kmgt", 1)}
+    | {f"{u}b": 1000**n for n, u in enumerate("kmgt", 1)}
+)
+_COMMIT = re.compile(r"@[0-9a-f]{40}(/|$)")
+_WORKERS = 8
+# Between the end of a download and its use another process may make room by removing it.
+_TRIES = 5
+# Leases of directories that commands work on: they are in use until the process ends.
+_for_good: list[Lease] = []
+
+
+def open_cache(url_or_directory: str | Path, *, keep: int = 8, progress: Progress | None = None) -> reader.Cache:
+    """Open a complete cache; at most ``keep`` decoded shards stay in memory. A URL is brought into the store first.
+
+    Raises:
+        TransferError: the URL cannot be read, or its cache does not arrive as promised.
+        IncompleteCacheError: a directory without manifest or with missing shards, all named.
+        CorruptCacheError: plan or manifest are not what they should be.
+        CacheError: not a cache directory, or one that does not fit into the store.
+    """
+    location = parse_location(url_or_directory)
+    if location.local:
+        return reader.open_cache(location.path, keep=keep)
+    directory, lease = _stored(location, progress or Silent(), None)
+    try:
+        cache = reader.open_cache(directory, keep=keep)
+    except BaseException:
+        lease.release()
+        raise
+    weakref.finalize(cache, lease.release)
+    return cache
+
+
+def local_directory(
+    url_or_directory: str | Path, *, progress: Progress | None = None, retry: Retry | None = None
+) -> Path:
+    """The directory of a cache: the one that is named, or, for a URL, the store's, kept until the process ends.
+
+    Raises:
+        TransferError: the URL cannot be read, or its cache does not arrive as promised.
+        CacheError: it does not fit into the store.
+    """
+    location = parse_location(url_or_directory)
+    if location.local:
+        return location.path
+    directory, lease = _stored(location, progress or Silent(), retry)
+    _for_good.append(lease)
+    return directory
+
+
+def store_limit() -> int:
+    """Bytes that the store may hold.
+
+    Raises:
+        StorageError: ``KDCACHE_STORE_LIMIT`` is no size.
+    """
+    text = os.environ.get(_LIMIT) or _DEFAULT_LIMIT
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in _UNITS:
+        raise StorageError(f"{_LIMIT} should be a number of bytes such as 20GiB, 500MB or 1000000, not {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def store_home() -> Path:
+    """Where stored caches lie."""
+    home = os.environ.get(_HOME)
+    return (Path(home) if home else Path.home() / ".cache" / "kdcache") / "store"
+
+
+def _stored(location: Location, progress: Progress, retry: Retry | None) -> tuple[Path, Lease]:
+    shelf = Shelf(store_home(), store_limit())
+    if location.pin or (location.protocol == "hf" and _COMMIT.search(location.url)):
+        for key, record in shelf.stored(location.url, location.pin):
+            lease = _use(shelf, key, record, progress)
+            if lease is not None:
+                return shelf.directory(key), lease
+    try:
+        transfer = Transfer(Place(location), retry=retry, progress=progress)
+        head = read_head(transfer, location)
+    except TransferError as exc:
+        if stored := shelf.stored(location.url, location.pin):
+            raise TransferError(
+                f"{exc}. A copy of the cache {stored[0][1].cache_id[:12]} is stored and may be out of date; to use it "
+                f"without asking, write {location}#cache-id={stored[0][1].cache_id[:16]}"
+            ) from exc
+        raise
+    key = shelf.key(location.url, head.cache_id)
+    size = head.size + sum(max(0, transfer.size(n) or 0) for n in (layout.VOCABULARY_FILE, layout.CARD_FILE))
+    record = Record(url=str(location)[:4096], cache_id=head.cache_id, bytes=size, used=0.0)
+    for _ in range(_TRIES):
+        lease = _use(shelf, key, record, progress) or _bring(shelf, key, record, transfer, head, progress)
+        if lease is not None:
+            return shelf.directory(key), lease
+    raise CacheError(
+        f"the cache {head.cache_id[:12]} is removed from the store {shelf.home} as often as it is brought there; raise "
+        f"{_LIMIT}, or kdcache pull it into a directory"
+    )
+
+
+def _use(shelf: Shelf, key: str, record: Record, progress: Progress) -> Lease | None:
+    """A shared lock on a stored cache, if it is whole."""
+    if not shelf.directory(key).exists():
+        return None
+    lease = shelf.lease(
+        key,
+        exclusive=False,
+        on_wait=lambda: progress.message("waiting for the store: another process works on this cache"),
+    )
+    if not _is_whole(shelf.directory(key), record.cache_id):
+        lease.release()
+        return None
+    shelf.touch(key, record)
+    return lease
+
+
+def _bring(shelf: Shelf, key: str, record: Record, transfer: Transfer, head: Head, progress: Progress) -> Lease | None:
+    """Bring a cache into the store; None where it was removed again before it could be used."""
+    lease = shelf.lease(
+        key, exclusive=True, on_wait=lambda: progress.message("waiting for the store: this cache is in use")
+    )
+    try:
+        directory = shelf.directory(key)
+        if not _is_whole(directory, record.cache_id):
+            shelf.admit(key, record)
+            pull_into(directory, transfer, head, workers=_WORKERS)
+        lease.share()
+        if _is_whole(directory, record.cache_id):
+            return lease
+    except BaseException:
+        lease.release()
+        raise
+    lease.release()
+    return None
+
+
+def _is_whole(directory: Path, cache_id: str) -> bool:
+    """Whether every file is there; their bytes are checked when they are read, as in any cache."""
+    manifest = directory / layout.MANIFEST_FILE
+    if not manifest.exists() or not (directory / layout.VOCABULARY_FILE).exists():
+        return False
+    if hashlib.sha256(read_file(manifest, limit=layout.JSON_LIMIT)).hexdigest() != cache_id:
+        return False
+    return not missing_shards(directory, read_plan(directory))
