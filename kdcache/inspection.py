@@ -13,24 +13,17 @@ from typing import Literal
 
 import numpy as np
 import safetensors.numpy
-import zstandard
 
 from kdcache.cache import layout
 from kdcache.cache.codec import CachedSequence
 from kdcache.cache.reader import Cache, Split, shard_path
 from kdcache.cache.rows import SparseRows
-from kdcache.cache.shard import decompress, read_file
+from kdcache.cache.shard import decompress, part_sizes, read_file
 from kdcache.errors import CacheError
 
 # Probabilities of the actual token from which surprise rises: the class of a token is how many of them it falls short of.
 SURPRISE = (0.9, 0.5, 0.1, 0.01)
 _LONGEST = 48
-_PARTS = {
-    "ids": ("head.id", "tail.id", "head.count", "tail.count"),
-    "values": ("head.value", "tail.value", "row.tail_value"),
-    "rest and counts": ("row.rest", "row.head", "row.tail"),
-    "text and labels": ("token.id", "token.target", "sequence.length", "sequence.digest", "row.label"),
-}
 
 
 @dataclass(frozen=True)
@@ -232,7 +225,5 @@ def size_by_part(cache: Cache) -> dict[str, float]:
     cache.load(0)  # holds it against everything the format asks before anything of it is believed
     data = read_file(shard_path(cache.directory, 0), limit=layout.SHARD_LIMIT)
     arrays = safetensors.numpy.load(decompress(data, limit=layout.SHARD_LIMIT))
-    compressor = zstandard.ZstdCompressor(level=layout.ZSTD_LEVEL)
-    alone = {name: len(compressor.compress(array.tobytes())) for name, array in arrays.items()}
     positions = cache.plan.shards[0].positions
-    return {part: sum(alone.get(name, 0) for name in names) / positions for part, names in _PARTS.items()}
+    return {part: size / positions for part, size in part_sizes(arrays).items()}

@@ -49,23 +49,37 @@ def capture_lines(result: CaptureResult) -> tuple[list[str], str | None]:
     )
 
 
-def cache_lines(cache: Cache) -> list[str]:
-    """Facts about a cache."""
+def cache_facts(cache: Cache) -> dict[str, str]:
+    """Facts about a cache as a whole, by name."""
     plan, manifest, selection = cache.plan, cache.manifest, cache.plan.selection
     size, raw = sum(s.bytes for s in manifest.shards), sum(s.raw_bytes for s in manifest.shards)
     positions = sum(s.positions for s in manifest.splits)
-    temperatures = number_list(selection.temperatures)
     facts = {
         "cache id": cache.id,
         "format": f"{manifest.format} version {manifest.version}, plan {plan.digest[:12]}",
         "teacher": f"{plan.teacher.name} ({plan.teacher.architecture}, {plan.teacher.quantization}, {plan.teacher.dtype})",
         "tokenizer": f"{plan.tokenizer.vocab_size:,} tokens, fingerprint {plan.tokenizer.fingerprint[:12]}",
         "data": f"{plan.data.shape}, prompt {plan.data.prompt}, at most {plan.data.max_length} tokens",
-        "kept": f"{selection.describe()}; temperatures {temperatures}",
+        "kept": f"{selection.describe()}; temperatures {number_list(selection.temperatures)}",
         "size": f"{byte_size(size)} in {len(manifest.shards)} shards ({byte_size(raw)} unpacked), "
         f"{size / positions:.1f} bytes per position",
     }
-    lines = [f"{name:10} {value}" for name, value in facts.items()]
+    if plan.derived is not None:
+        settings = "".join(f", {name} {value}" for name, value in plan.derived.settings.items())
+        facts["derived"] = f"{plan.derived.operation} of {', '.join(p[:12] for p in plan.derived.parents)}{settings}"
+    return facts
+
+
+def fact_lines(facts: dict[str, str]) -> list[str]:
+    """Facts in two columns."""
+    return [f"{name:10} {value}" for name, value in facts.items()]
+
+
+def split_lines(cache: Cache) -> list[str]:
+    """Each split of a cache: where it comes from, and what is kept of it."""
+    plan, manifest = cache.plan, cache.manifest
+    temperatures = number_list(plan.selection.temperatures)
+    lines = []
     for summary, split in zip(manifest.splits, plan.data.splits, strict=True):
         left_out = summary.positions - summary.kept_positions
         lines += [

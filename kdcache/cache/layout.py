@@ -49,6 +49,13 @@ TENSORS: Final[dict[str, tuple[str, str]]] = {
     "head.count": ("|u1", "H"),
     "tail.count": ("|u1", "M"),
 }
+# What a position's bytes are spent on, for people.
+PARTS: Final[dict[str, tuple[str, ...]]] = {
+    "ids": ("head.id", "tail.id", "head.count", "tail.count"),
+    "values": ("head.value", "tail.value", "row.tail_value"),
+    "partition": ("row.rest", "row.head", "row.tail"),
+    "text": ("token.id", "token.target", "sequence.length", "sequence.digest", "row.label"),
+}
 SAFETENSORS_DTYPES: Final = {"|u1": "U8", "<u4": "U32"}
 
 

@@ -114,6 +114,12 @@ def compress(raw: bytes) -> bytes:
     ).compress(raw)
 
 
+def part_sizes(arrays: Arrays) -> dict[str, int]:
+    """Bytes of each part of ``layout.PARTS``, its tensors each compressed alone."""
+    alone = {name: len(compress(array.tobytes())) for name, array in arrays.items()}
+    return {part: sum(alone.get(name, 0) for name in names) for part, names in layout.PARTS.items()}
+
+
 def decompress(data: bytes, *, limit: int) -> bytes:
     """Decode one frame after reading what it claims about itself.
 

@@ -11,7 +11,7 @@ import typer
 
 from kdcache.commands.app import CacheArgument, app, console_progress, say, say_lines, say_table
 from kdcache.console import text_table
-from kdcache.summary import cache_lines
+from kdcache.summary import cache_facts, fact_lines, split_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,8 +64,7 @@ def inspect(
     if sequence is not None:
         _show(views[0])
     else:
-        say_lines(cache_lines(opened))
-        say_lines(["", *(f"{name:10} {value}" for name, value in _more_facts(opened).items())])
+        say_lines([*fact_lines(_facts(opened)), *split_lines(opened)])
     if html is not None:
         from kdcache.cache.files import write_file
         from kdcache.inspection_html import page
@@ -163,29 +162,16 @@ def _show_rescore(scored: Rescore) -> None:
 
 
 def _facts(opened: Cache) -> dict[str, str]:
-    """The lines on the cache as a whole, by name."""
-    facts = {}
-    for line in cache_lines(opened):
-        if not line:
-            break
-        facts[line[:10].strip()] = line[11:]
-    return facts | _more_facts(opened)
-
-
-def _more_facts(opened: Cache) -> dict[str, str]:
+    """What plan and manifest state, and where the bytes go."""
     from kdcache.errors import KdcacheError
     from kdcache.inspection import size_by_part
 
     try:
         parts = ", ".join(f"{part} {size:.1f}" for part, size in size_by_part(opened).items())
-        facts = {"by part": f"{parts} bytes per position in the first shard, each compressed alone"}
+        by_part = f"{parts} bytes per position in the first shard, each compressed alone"
     except KdcacheError as exc:
-        facts = {"by part": f"unknown, {exc}"}  # facts that plan and manifest state are there all the same
-    derived = opened.plan.derived
-    if derived is not None:
-        settings = "".join(f", {name} {value}" for name, value in derived.settings.items())
-        facts["derived"] = f"{derived.operation} of {', '.join(p[:12] for p in derived.parents)}{settings}"
-    return facts
+        by_part = f"unknown, {exc}"  # facts that plan and manifest state are there all the same
+    return {**cache_facts(opened), "by part": by_part}
 
 
 def _show(view: SequenceView) -> None:

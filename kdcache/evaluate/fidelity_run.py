@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import zstandard
 
-from kdcache.cache import layout
 from kdcache.cache.codec import ShardContent, decode, encode
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.cache.selection import SelectionPlan
-from kdcache.cache.shard import pack
+from kdcache.cache.shard import pack, part_sizes
 from kdcache.data.tokens import TokenRow
-from kdcache.errors import CacheError, ModelError, RecipeError
+from kdcache.errors import CacheError, RecipeError
 from kdcache.evaluate.fidelity import TEMPERATURES, Fidelity, FidelityMeter
-from kdcache.models import identify, load_model, refuse_narrow_head
+from kdcache.evaluate.rescore import cached_teacher
+from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.teacher.budget import find_floors, sample_content
 from kdcache.teacher.capture import load_teacher, settle_floors
@@ -49,12 +48,6 @@ COMPARED: dict[str, dict[str, Any]] = {
     "top-k 16": {"method": "top_k", "k": 16},
     "top-k 64": {"method": "top_k", "k": 64},
     "top-k 128": {"method": "top_k", "k": 128},
-}
-_PARTS = {
-    "ids": ("head.id", "tail.id", "head.count", "tail.count"),
-    "values": ("head.value", "tail.value", "row.tail_value"),
-    "partition": ("row.rest", "row.head", "row.tail"),
-    "text": ("token.id", "token.target", "sequence.length", "sequence.digest", "row.label"),
 }
 
 
@@ -113,34 +106,17 @@ def cache_fidelity(
     """
     progress = progress or Silent()
     cache = open_cache(directory)
-    plan, identity = cache.plan, cache.plan.teacher
-    name = teacher or identity.name
-    try:
-        found = identify(name, identity.revision)
-    except ModelError as exc:
-        raise CacheError(
-            f"the teacher of {directory} is not found at {name}; say where it lies with --teacher"
-        ) from exc
-    # A folder copied from the Hub has a fingerprint of its files, the plan one of repository and commit.
-    copied = Path(name).is_dir() and identity.revision is not None
-    if found.fingerprint != identity.fingerprint and not copied:
-        raise CacheError(
-            f"{name} is not the teacher of {directory}: its fingerprint is {found.fingerprint[:12]}, the plan's "
-            f"{identity.fingerprint[:12]} ({identity.name}); give that model with --teacher"
-        )
     rows, stored = _cached_sample(cache, positions)
-    revision = None if copied else identity.revision
-    model = load_model(name, revision=revision, quantization=identity.quantization, dtype=identity.dtype)
-    forward = TeacherForward(model, vocab_size=cache.vocab_size, pad_id=plan.tokenizer.pad_id)
+    plan, forward = cache.plan, cached_teacher(cache, teacher)
     planned = PlannedCache(plan, (rows,), TokenMap(cache.vocabulary(), plan.tokenizer.fingerprint))
-    sample = hidden_sample(forward, rows, batch_tokens=identity.batch_tokens)
+    sample = hidden_sample(forward, rows, batch_tokens=plan.teacher.batch_tokens)
     order = {id(row): i for i, row in enumerate(rows)}
     content = shard_content(sample.rows, concatenate([stored[order[id(row)]] for row in sample.rows]))
     again = sample.select(lambda logits, labels, _: select(logits, labels, Selection("top_k", (1.0,), k=1)))
     difference = float(np.abs(again.label_log_prob - content.rows.label_log_prob).mean())
     if difference > _SAME_TEACHER:
         raise CacheError(
-            f"{name} is not the teacher of {directory}: its log-probabilities of the labels are off by {difference:.2f} nats "
+            f"{teacher or plan.teacher.name} is not the teacher of {directory}: its log-probabilities of the labels are off by {difference:.2f} nats "
             "on average; give the cache's teacher with --teacher"
         )
     return _report(planned, sample, content, student=student, compare=compare, progress=progress)
@@ -269,8 +245,6 @@ def _cached_sample(cache: Cache, positions: int) -> tuple[list[TokenRow], list[S
 
 
 def _sizes(arrays: Any, whole: int, positions: int) -> dict[str, float]:
-    """Bytes per position: the whole shard, and its tensors each compressed alone."""
-    compressor = zstandard.ZstdCompressor(level=layout.ZSTD_LEVEL)
-    alone = {name: len(compressor.compress(array.tobytes())) / positions for name, array in arrays.items()}
-    sizes = {part: sum(alone.get(name, 0.0) for name in names) for part, names in _PARTS.items()}
+    """Bytes per position: the whole shard, and its parts."""
+    sizes = {part: size / positions for part, size in part_sizes(arrays).items()}
     return {"total": whole / positions, **sizes}

@@ -31,6 +31,7 @@ from kdcache.models import identify, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.teacher.draws import chance_of
 from kdcache.teacher.forward import LOGIT_BYTES, TeacherForward, length_buckets
+from kdcache.teacher.select import mean_of_rows
 
 Numbers = NDArray[np.float64]
 
@@ -174,7 +175,7 @@ def _of_cached_entries(
         rests.append(torch.stack(log_odds, dim=1).clamp(-limit, limit - layout.REST_STEP).cpu().numpy())
     tail = np.concatenate(tails)
     if not stored.design.tail_logits:
-        tail = _row_means(tail, stored.tail)
+        tail = mean_of_rows(tail, stored.tail)
     rest = np.concatenate(rests)[stored.kept]
     return _Scored(own.label_log_prob.astype(np.float64), np.concatenate(heads), tail, rest.ravel(), own)
 
@@ -185,14 +186,6 @@ def _places(
     """Rows and vocabulary ids of entries."""
     rows = np.repeat(np.arange(len(counts)), counts)
     return torch.from_numpy(rows).to(device), torch.from_numpy(ids.astype(np.int64)).to(device)
-
-
-def _row_means(values: Numbers, counts: NDArray[np.int64]) -> Numbers:
-    """Each row's mean, once for each of its values."""
-    filled = counts[counts > 0]
-    if not len(filled):
-        return values
-    return np.repeat(np.add.reduceat(values, np.cumsum(filled) - filled) / filled, filled)
 
 
 def _measures(plan: Plan, stored: list[CachedSequence], batched: list[_Scored], alone: list[_Scored]) -> list[Measure]:

@@ -14,7 +14,7 @@ Axes: ``N`` positions, ``C`` positions of a block, ``V`` vocabulary, ``K`` kept 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def _select_block(
     head, tail = (torch.bincount(r, minlength=len(labels_C)).cpu().numpy() for r in (row_H, row_M))
     tail_logits = _numpy(logits_CV[row_M, id_M] - maximum_C[row_M])
     if not selection.tail_logits:
-        tail_logits = _mean_of_rows(tail_logits, tail)
+        tail_logits = mean_of_rows(tail_logits, tail).astype(np.float32)
     label_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1) - log_z_C
     rows = SparseRows(
         head=head,
@@ -252,13 +252,12 @@ def top_k(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values[:, :k], ids[:, :k]
 
 
-def _mean_of_rows(values: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Each row's mean, once for each of its values."""
+def mean_of_rows(values: NDArray[np.floating[Any]], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each row's mean, once for each of its values; ``counts`` says how many values each row has."""
     filled = counts[counts > 0]
     if not len(filled):
-        return values
-    means = np.add.reduceat(values, np.cumsum(filled) - filled, dtype=np.float64) / filled
-    return np.repeat(means.astype(np.float32), filled)
+        return values.astype(np.float64)
+    return np.repeat(np.add.reduceat(values, np.cumsum(filled) - filled, dtype=np.float64) / filled, filled)
 
 
 def _numpy(values: torch.Tensor) -> NDArray[np.float32]:

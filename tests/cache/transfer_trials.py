@@ -14,14 +14,14 @@ from tests.cache.fault_proxy import Fault, FaultProxy, at_random
 from tests.cache.samples import TOKENS, sample_plan, sample_sequences
 from tests.cache.servers import s3_client
 
-# One request in ten fails openly, one in forty arrives broken.
+# One request in ten fails openly, three in a hundred break off or arrive broken.
 RATES = {
     Fault.ERROR: 0.10,
-    Fault.RESET: 0.005,
-    Fault.TRUNCATED: 0.005,
-    Fault.SHORT: 0.005,
-    Fault.ZEROS: 0.005,
-    Fault.OTHER: 0.005,
+    Fault.RESET: 0.006,
+    Fault.TRUNCATED: 0.006,
+    Fault.SHORT: 0.006,
+    Fault.ZEROS: 0.006,
+    Fault.OTHER: 0.006,
 }
 QUICK = Retry(attempts=6, first=0.002, ceiling=0.02)
 
