@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdcache.cache.layout import HIGHEST_TEMPERATURE, MINIMUM_FLOOR
+from kdcache.cache.layout import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, MINIMUM_FLOOR, TEMPERATURE_RATIO
 
 
 class Section(BaseModel):
@@ -81,10 +82,11 @@ class SelectionSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SelectionSection:
         threshold = self.method.startswith("threshold")
-        rising = list(self.temperatures) == sorted(set(self.temperatures))
-        if not rising or min(self.temperatures) <= 0 or max(self.temperatures) > HIGHEST_TEMPERATURE:
+        apart = all(b >= a * TEMPERATURE_RATIO for a, b in pairwise(self.temperatures))
+        if not apart or self.temperatures[0] < LOWEST_TEMPERATURE or self.temperatures[-1] > HIGHEST_TEMPERATURE:
             raise ValueError(
-                f"selection.temperatures should be positive and rise strictly, to {HIGHEST_TEMPERATURE:g} at most"
+                f"selection.temperatures should be positive and rise from {LOWEST_TEMPERATURE:g} at least to "
+                f"{HIGHEST_TEMPERATURE:g} at most, each to {TEMPERATURE_RATIO:g} times the one before or more"
             )
         if self.floors is not None and not threshold:
             raise ValueError(f"selection.floors is for the threshold methods; with {self.method} leave it out")

@@ -85,7 +85,7 @@ def read_vocabulary(directory: Path, plan: Plan) -> list[str | None]:
         raw = decompress(read_file(path, limit=layout.VOCABULARY_LIMIT), limit=layout.VOCABULARY_LIMIT)
         if hashlib.sha256(raw).hexdigest() != plan.tokenizer.fingerprint:
             raise CorruptCacheError("its hash is not the plan's tokenizer fingerprint")
-        tokens = parse(raw, what=layout.VOCABULARY_FILE, limit=layout.VOCABULARY_LIMIT)
+        tokens = parse(raw, what=layout.VOCABULARY_FILE, limit=layout.VOCABULARY_LIMIT, values=layout.VOCABULARY_VALUES)
         if not isinstance(tokens, list) or len(tokens) != plan.tokenizer.vocab_size:
             raise CorruptCacheError(f"it does not list {plan.tokenizer.vocab_size} tokens")
         if not all(t is None or isinstance(t, str) for t in tokens):

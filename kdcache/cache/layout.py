@@ -25,9 +25,16 @@ METADATA_KEY: Final = "kdcache"
 ZSTD_LEVEL: Final = 3
 ZSTD_WINDOW_LIMIT: Final = 8 << 20
 HEADER_LIMIT: Final = 64 << 10
-SHARD_LIMIT: Final = 1 << 30
-JSON_LIMIT: Final = 64 << 20
-VOCABULARY_LIMIT: Final = 64 << 20
+SHARD_LIMIT: Final = 192 << 20
+# A frame may always hold the first; more only within so many times its own size: zeros pack 30,000 : 1, teachers 10 : 1.
+EXPANSION_FLOOR: Final = 16 << 20
+EXPANSION_LIMIT: Final = 32
+JSON_LIMIT: Final = 16 << 20
+# Commas and opening brackets: once parsed, each may take a hundred times its byte.
+JSON_VALUES: Final = 1 << 18
+SHARDS_LIMIT: Final = 40_000
+VOCABULARY_LIMIT: Final = 32 << 20
+VOCABULARY_VALUES: Final = 2 << 20
 DIGEST_BYTES: Final = 16
 
 # Tensors: name -> (dtype, shape). S sequences, N tokens, P positions, H head entries, M tail entries, B temperatures,
@@ -72,7 +79,7 @@ def id_bytes(vocab_size: int) -> int:
 
 
 # Values ------------------------------------------------------------------------------------------
-VOCAB_LIMIT: Final = 1 << 24
+VOCAB_LIMIT: Final = 1 << 20
 # Logits below the row's largest, in steps: exact entries finer than drawn ones, whose value only moves a weight a little.
 HEAD_STEP: Final = 2.0**-4
 TAIL_STEP: Final = 2.0**-1
@@ -80,7 +87,10 @@ LEVEL_LIMIT: Final = (1 << 16) - 1
 # Mass outside the head as log(rest / head), in steps, around the middle of 16 bits.
 REST_STEP: Final = 2.0**-10
 REST_LIMIT: Final = 32.0
+LOWEST_TEMPERATURE: Final = 1e-5
 HIGHEST_TEMPERATURE: Final = 100.0
+# Closer ones differ by rounding alone, which interpolation would blow up.
+TEMPERATURE_RATIO: Final = 1.01
 # Rows hold up to 2 / floor entries for each temperature.
 MINIMUM_FLOOR: Final = 1e-4
 HALF_LIMIT: Final = 65504.0

@@ -10,7 +10,7 @@ import hashlib
 import math
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, FailFast, Field, ValidationError, model_validator
 
 from kdcache.cache import layout
 from kdcache.cache.rows import RowDesign
@@ -21,6 +21,8 @@ from kdcache.errors import CorruptCacheError
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=4096)]
+_VALUES_LIMIT = 4096
+_SHARD_FIELDS = 16
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
 
@@ -73,7 +75,7 @@ class DataPlan(Strict):
     date: Text
     template_sha256: Sha256 | None
     max_length: Count
-    splits: Annotated[tuple[SplitPlan, ...], Field(min_length=1, max_length=16)]
+    splits: Annotated[tuple[SplitPlan, ...], Field(min_length=1, max_length=16), FailFast()]
 
 
 class ShardPlan(Strict):
@@ -103,7 +105,7 @@ class Plan(Strict):
     tokenizer: TokenizerIdentity
     data: DataPlan
     selection: SelectionPlan
-    shards: tuple[ShardPlan, ...]
+    shards: Annotated[tuple[ShardPlan, ...], Field(min_length=1, max_length=layout.SHARDS_LIMIT), FailFast()]
     derived: Derivation | None
 
     @model_validator(mode="after")
@@ -187,8 +189,8 @@ class Manifest(Strict):
     format: Literal["kdcache"]
     version: int
     plan_digest: Sha256
-    splits: tuple[SplitSummary, ...]
-    shards: tuple[ShardEntry, ...]
+    splits: Annotated[tuple[SplitSummary, ...], FailFast()]
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
 
     def to_bytes(self) -> bytes:
         """The bytes of ``manifest.json``."""
@@ -244,12 +246,30 @@ def _parse(model: type[ModelType], data: bytes, name: str) -> ModelType:
         raise CorruptCacheError(
             f"{name} has format version {value.get('version')!r}, this kdcache reads version {layout.VERSION}"
         )
+    _refuse_unwieldy(value, name)
+    del value
     try:
         return model.model_validate_json(data)
     except ValidationError as exc:
-        first = exc.errors()[0]
+        first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise CorruptCacheError(f"{name}: {where}: {first['msg']}") from exc
+
+
+def _refuse_unwieldy(value: dict[str, object], name: str) -> None:
+    """Validation collects every fault it finds, at a kilobyte each; shards, which may be many, fail at the first."""
+    waiting: list[object] = [v for key, v in value.items() if key != "shards"]
+    shards = value.get("shards")
+    if isinstance(shards, list):
+        waiting += [s for s in shards if isinstance(s, dict) and len(s) > _SHARD_FIELDS][:1]
+    count = len(waiting)
+    while waiting:
+        found = waiting.pop()
+        inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+        count += len(inside)
+        if count > _VALUES_LIMIT:
+            raise CorruptCacheError(f"{name} holds more than {_VALUES_LIMIT} values beside its shards")
+        waiting.extend(inside)
 
 
 def _differences(a: object, b: object, path: str = "") -> list[str]:

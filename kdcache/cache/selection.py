@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdcache.cache.layout import HIGHEST_TEMPERATURE, MINIMUM_FLOOR
+from kdcache.cache.layout import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, MINIMUM_FLOOR, TEMPERATURE_RATIO
 from kdcache.cache.rows import RowDesign
 
 
@@ -24,7 +25,8 @@ class SelectionPlan(Strict):
     floors: Annotated[tuple[Annotated[float, Field(ge=MINIMUM_FLOOR, lt=1)], ...], Field(max_length=16)]
     draws: Annotated[int, Field(ge=1, le=255)]
     temperatures: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=HIGHEST_TEMPERATURE)], ...], Field(min_length=1, max_length=16)
+        tuple[Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)], ...],
+        Field(min_length=1, max_length=16),
     ]
     bytes_per_position: Annotated[float, Field(gt=0)] | None
     tail_logits: bool
@@ -34,8 +36,8 @@ class SelectionPlan(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectionPlan:
-        if list(self.temperatures) != sorted(set(self.temperatures)):
-            raise ValueError("temperatures should rise strictly")
+        if any(b < a * TEMPERATURE_RATIO for a, b in pairwise(self.temperatures)):
+            raise ValueError(f"temperatures should rise, each to {TEMPERATURE_RATIO:g} times the one before or more")
         if len(self.floors) != (len(self.temperatures) if self.method.startswith("threshold") else 0):
             raise ValueError("threshold methods have one floor per temperature, others none")
         one = len(self.temperatures) == 1

@@ -135,6 +135,11 @@ def decompress(data: bytes, *, limit: int) -> bytes:
         raise CorruptCacheError("the zstd frame does not state its size")
     if frame.content_size > limit:
         raise CorruptCacheError(f"the zstd frame claims {frame.content_size} bytes, more than the limit of {limit}")
+    if frame.content_size > max(layout.EXPANSION_FLOOR, layout.EXPANSION_LIMIT * len(data)):
+        raise CorruptCacheError(
+            f"the zstd frame claims to unpack {len(data)} bytes into {frame.content_size}, "
+            f"more than {layout.EXPANSION_LIMIT} times as many"
+        )
     if not frame.has_checksum:
         raise CorruptCacheError("the zstd frame has no checksum")
     if frame.dict_id != 0 or frame.window_size > max(layout.ZSTD_WINDOW_LIMIT, frame.content_size):

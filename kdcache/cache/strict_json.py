@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from kdcache.cache.layout import JSON_LIMIT
+from kdcache.cache.layout import JSON_LIMIT, JSON_VALUES
 from kdcache.errors import CorruptCacheError
 
 _INTEGER_DIGITS = 18
@@ -26,7 +26,7 @@ def parse_object(data: bytes, *, what: str, limit: int = JSON_LIMIT) -> dict[str
     return value
 
 
-def parse(data: bytes, *, what: str, limit: int = JSON_LIMIT) -> object:
+def parse(data: bytes, *, what: str, limit: int = JSON_LIMIT, values: int = JSON_VALUES) -> object:
     """Parse one JSON value.
 
     Raises:
@@ -34,8 +34,10 @@ def parse(data: bytes, *, what: str, limit: int = JSON_LIMIT) -> object:
     """
     if len(data) > limit:
         raise CorruptCacheError(f"{what} has {len(data)} bytes, more than the limit of {limit}")
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > values:
+        raise CorruptCacheError(f"{what} holds more than {values} values, the limit")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("ascii")  # as all of it is written; one wide character would make all others as wide
         return json.loads(
             text,
             object_pairs_hook=_refuse_duplicates,

@@ -112,6 +112,11 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
         splits.append(_split_plan(name, source, examples.name, tokenised))
         rows.append(tokenised.rows)
         shards += _cut(number, tokenised.rows, recipe.cache.positions_per_shard)
+    if len(shards) > layout.SHARDS_LIMIT:
+        raise RecipeError(
+            f"cache.positions_per_shard {recipe.cache.positions_per_shard} makes {len(shards):,} shards, and a cache has at "
+            f"most {layout.SHARDS_LIMIT:,}; raise it"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     plan = Plan(
         format=layout.FORMAT,

@@ -206,11 +206,7 @@ def test_every_object_may_meet_a_fault_that_passes(made, tmp_path, name):
             proxy.counts.clear()
             pull(f"{proxy.url}/cache", tmp_path / fault.name, retry=QUICK)
             assert proxy.counts == {fault: 1}, fault
-            arrived = files(tmp_path / fault.name)
-            if (fault, name) == (Fault.OTHER, CARD):
-                # Covered by no hash: other text of the right size cannot be told from an edited card.
-                del arrived[CARD]
-            assert arrived.items() <= files(made).items(), fault
+            assert files(tmp_path / fault.name) == files(made), fault
             assert verify(tmp_path / fault.name) == []
 
 
@@ -251,7 +247,7 @@ def test_where_every_answer_is_bad_it_ends_soon(s3, made, tmp_path):
 
 
 def test_twenty_transfers_over_a_bad_network_arrive_whole_or_say_so(s3, server, made):
-    outcomes, faults = run_trials(10, server=server, seed=3, cache=made)
+    outcomes, faults = run_trials(10, server=server, seed=5, cache=made)
     assert outcomes["wrong"] == 0
     assert outcomes["ok"] >= 9
     assert faults[Fault.ERROR] > 10

@@ -65,7 +65,7 @@ def test_a_url_is_brought_once_and_read_from_the_store(site, made):
     cache = open_cache(f"{site.url}/first")
     assert cache.id == open_directory(made / "first").id
     assert files(cache.directory) == files(made / "first")
-    assert len(read(site)) == 7
+    assert sorted(set(read(site))) == sorted(files(made / "first"))
     assert len(cache.split("train")[0].token_ids) > 0
     again = open_cache(f"{site.url}/first/")
     assert again.directory == cache.directory
