@@ -10,7 +10,7 @@ FLAGS ?= --resume
 KDCACHE = $(VENV)/bin/kdcache
 READY = $(VENV)/.ready
 
-.PHONY: help setup embedded teacher-cache train-student evaluate inspect fidelity verify test lint check constraints clean
+.PHONY: help setup embedded teacher-cache train-student evaluate inspect fidelity verify repair subset merge push pull test soak lint check constraints clean
 
 help:  ## Show this list
 	@echo 'RECIPE=$(RECIPE) ARGS="key.path=value …" FLAGS="$(FLAGS)" CACHE=$(CACHE) RUN=$(RUN)'
@@ -47,6 +47,21 @@ fidelity: $(READY)  ## How faithful per byte the cache of RECIPE is, or would be
 verify: $(READY)  ## Check every byte of a cache: CACHE=…
 	@$(KDCACHE) verify $(CACHE) $(ARGS)
 
+repair: $(READY)  ## Mend a cache: CACHE=… ARGS="--from COPY" or ARGS="--recipe RECIPE"
+	@$(KDCACHE) repair $(CACHE) $(ARGS)
+
+subset: $(READY)  ## Part of a cache: CACHE=… DEST=… ARGS="--split train --sequences 0:1000"
+	@$(KDCACHE) subset $(CACHE) $(DEST) $(ARGS)
+
+merge: $(READY)  ## Several caches as one: CACHE="ONE TWO" DEST=…
+	@$(KDCACHE) merge $(CACHE) $(DEST) $(ARGS)
+
+push: $(READY)  ## Send a cache: CACHE=… DEST=s3://…, hf://datasets/…, a directory
+	@$(KDCACHE) push $(CACHE) $(DEST) $(ARGS)
+
+pull: $(READY)  ## Bring a cache: SRC=s3://…, hf://datasets/…, https://… DEST=…
+	@$(KDCACHE) pull $(SRC) $(DEST) $(ARGS)
+
 test: $(READY)  ## Run the tests
 	$(VENV)/bin/python -m pytest
 
@@ -54,6 +69,9 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+soak: $(READY)  ## The long robustness run: a thousand kills, a million damaged files (about half an hour)
+	$(VENV)/bin/python benchmarks/robustness.py --soak
 
 check: lint test  ## Everything that must be clean before a change is merged
 

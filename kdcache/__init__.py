@@ -7,7 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.cache.reader import Cache, Split, open_cache
+    from kdcache.cache.hub import publish
+    from kdcache.cache.merge import merge
+    from kdcache.cache.reader import Cache, Split
+    from kdcache.cache.share import pull, push
+    from kdcache.cache.store import open_cache
+    from kdcache.cache.subset import subset
     from kdcache.cache.verify import verify
     from kdcache.errors import KdcacheError
     from kdcache.recipe import Recipe, load_recipe
@@ -15,12 +20,32 @@ if TYPE_CHECKING:
     from kdcache.teacher.capture import capture
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "KdcacheError", "Recipe", "Split", "capture", "distill", "load_recipe", "open_cache", "verify"]
+__all__ = [
+    "Cache",
+    "KdcacheError",
+    "Recipe",
+    "Split",
+    "capture",
+    "distill",
+    "load_recipe",
+    "merge",
+    "open_cache",
+    "publish",
+    "pull",
+    "push",
+    "subset",
+    "verify",
+]
 
 _HOME = {
     "Cache": "kdcache.cache.reader",
     "Split": "kdcache.cache.reader",
-    "open_cache": "kdcache.cache.reader",
+    "open_cache": "kdcache.cache.store",
+    "push": "kdcache.cache.share",
+    "pull": "kdcache.cache.share",
+    "publish": "kdcache.cache.hub",
+    "subset": "kdcache.cache.subset",
+    "merge": "kdcache.cache.merge",
     "verify": "kdcache.cache.verify",
     "KdcacheError": "kdcache.errors",
     "Recipe": "kdcache.recipe",

@@ -30,7 +30,7 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads the annotation at run time)
     typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Recipe keys to override.", show_default=False),
 ]
-CacheArgument = Annotated[Path, typer.Argument(help="Cache directory.", show_default=False)]
+CacheArgument = Annotated[str, typer.Argument(help="Cache directory, or the URL of one.", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="Run directory of kdcache train-student.", show_default=False)]
 
 
@@ -68,7 +68,7 @@ def ready_embedded(recipe: Recipe, progress: Progress) -> None:
 
 def is_complete(directory: str) -> bool:
     """Whether a cache can be opened."""
-    from kdcache.cache.reader import open_cache
+    from kdcache.cache.store import open_cache
     from kdcache.errors import CacheError
 
     try:

@@ -51,10 +51,10 @@ def inspect(
     ] = None,
 ) -> None:
     """Facts about a cache: teacher, data, what is kept, sizes, kept mass; or one of its sequences, token by token."""
-    from kdcache.cache.reader import open_cache
+    from kdcache.cache.store import open_cache
     from kdcache.inspection import Speller, look_at
 
-    opened = open_cache(cache)
+    opened = open_cache(cache, progress=console_progress())
     names = [split] if split is not None else list(opened.splits)
     wanted = [(names[0], sequence)] if sequence is not None else []
     if html is not None and sequence is None:
@@ -87,21 +87,23 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Check every byte of a cache; exit 0 when it is whole, 1 when it is not."""
-    from kdcache.cache.reader import read_plan
+    from kdcache.cache.directory import read_plan
+    from kdcache.cache.store import local_directory
     from kdcache.cache.verify import examine
     from kdcache.progress import Silent
 
     progress = Silent() if as_json else console_progress()
-    progress.begin("verify", len(read_plan(cache).shards), "shards")
+    directory = local_directory(cache, progress=progress)
+    progress.begin("verify", len(read_plan(directory).shards), "shards")
     try:
-        found = examine(cache, on_shard=lambda size: progress.advance(1))
+        found = examine(directory, on_shard=lambda size: progress.advance(1))
     finally:
         progress.end()
     scored = None
     if rescore and found.whole:
         from kdcache.evaluate.rescore import rescore as run_again
 
-        scored = run_again(cache, sequences=rescore, teacher=teacher, progress=progress)
+        scored = run_again(directory, sequences=rescore, teacher=teacher, progress=progress)
     if as_json:
         say(json.dumps(_record(cache, found, scored), indent=1))
     else:
@@ -114,7 +116,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _verification_lines(cache: Path, found: Verification) -> list[str]:
+def _verification_lines(cache: str, found: Verification) -> list[str]:
     lines = [f"{f.file}: {f.problem}" for f in found.findings]
     lines += [f"note: {f.file}: {f.problem}" for f in found.notes[:_NOTES_SHOWN]]
     if len(found.notes) > _NOTES_SHOWN:
@@ -125,12 +127,12 @@ def _verification_lines(cache: Path, found: Verification) -> list[str]:
     return [*lines, f"{cache} is not whole: {count} finding{'s' if count > 1 else ''}"]
 
 
-def _record(cache: Path, found: Verification, scored: Rescore | None) -> dict[str, Any]:
+def _record(cache: str, found: Verification, scored: Rescore | None) -> dict[str, Any]:
     def listed(findings: list[Finding]) -> list[dict[str, str]]:
         return [{"file": f.file, "problem": f.problem} for f in findings]
 
     return {
-        "cache": str(cache),
+        "cache": cache,
         "cache_id": found.cache_id,
         "plan_digest": found.plan_digest,
         "whole": found.whole,

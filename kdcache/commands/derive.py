@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from kdcache.commands.app import CacheArgument, app, chosen_recipe, console_progress, ready_embedded, say
+from kdcache.commands.app import app, chosen_recipe, console_progress, ready_embedded, say
 from kdcache.console import byte_size
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from kdcache.cache.derive import DerivedCache
     from kdcache.cache.manifest import Plan
-    from kdcache.cache.repair import Fetch, Repair
+    from kdcache.cache.repair import Repair
     from kdcache.progress import Progress
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Cache directory.", show_default=False)]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Cache directory, or the URL of one.", show_default=False)]
 _RANGE = re.compile(r"(-?\d{1,15})?:(-?\d{1,15})?")
 
 
@@ -49,12 +49,12 @@ def subset(
     ] = None,
 ) -> None:
     """Make a cache of part of another, without the teacher; run again to go on where it stopped."""
-    from kdcache.cache.reader import open_cache
+    from kdcache.cache.store import open_cache
     from kdcache.cache.subset import subset as take
 
     progress = console_progress()
     made = take(
-        open_cache(source, keep=2), destination, splits=split or (), sequences=_range(sequences), max_length=max_length, k=k,
+        open_cache(source, keep=2, progress=progress), destination, splits=split or (), sequences=_range(sequences), max_length=max_length, k=k,
         progress=progress,
     )  # fmt: skip
     _say_derived(made, "subset")
@@ -64,22 +64,25 @@ def subset(
 def merge(
     caches: Annotated[
         list[str],
-        typer.Argument(metavar="SRC SRC... DEST", help="Cache directories, then the new one's.", show_default=False),
+        typer.Argument(
+            metavar="SRC SRC... DEST", help="Cache directories or URLs, then the new directory.", show_default=False
+        ),
     ],
 ) -> None:
     """Make one cache of several by the same teacher, tokenizer and selection; run again to go on where it stopped."""
     from kdcache.cache.merge import merge as join
-    from kdcache.cache.reader import open_cache
+    from kdcache.cache.store import open_cache
 
     *sources, destination = caches
     if len(sources) < 2:
         raise typer.BadParameter(f"expected at least two caches and a destination, found {' '.join(caches)}")
-    _say_derived(join([open_cache(s) for s in sources], destination, progress=console_progress()), "merge")
+    progress = console_progress()
+    _say_derived(join([open_cache(s, progress=progress) for s in sources], destination, progress=progress), "merge")
 
 
 @app.command()
 def repair(
-    cache: CacheArgument,
+    cache: Annotated[Path, typer.Argument(help="Cache directory.", show_default=False)],
     source: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--from", help="Another copy of the cache, to fetch damaged files from.", show_default=False),
@@ -91,9 +94,10 @@ def repair(
 ) -> None:
     """Fetch, make again or rebuild what kdcache verify names; exit 0 when the cache is whole then, 1 when it is not."""
     from kdcache.cache.repair import repair as mend
+    from kdcache.cache.share import fetcher
 
     progress = console_progress()
-    fetch = None if source is None else _fetch_from(source)
+    fetch = None if source is None else fetcher(source)
     make = None if recipe is None else _teacher_run(recipe, cache, progress)
     done = mend(cache, fetch=fetch, make=make, progress=progress)
     left = {f.file for f in done.after.findings}
@@ -136,18 +140,6 @@ def _range(text: str) -> tuple[int | None, int | None]:
         )
     first, last = (None if number is None else int(number) for number in match.groups())
     return first, last
-
-
-def _fetch_from(source: str) -> Fetch:
-    """Files of another copy: a directory or a URL."""
-    from kdcache.cache.remote import Place, is_url, parse_location
-    from kdcache.cache.shard import read_file
-    from kdcache.cache.transfer import Transfer
-
-    if not is_url(source):
-        return lambda name, limit: read_file(Path(source) / name, limit=limit)
-    transfer = Transfer(Place(parse_location(source)))
-    return lambda name, limit: transfer.read(name, limit=limit)
 
 
 def _teacher_run(path: Path, cache: Path, progress: Progress) -> Callable[[], object]:

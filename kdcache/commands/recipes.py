@@ -136,7 +136,8 @@ def evaluate(
 @app.command()
 def fidelity(
     what: Annotated[
-        Path, typer.Argument(help="Cache directory, or a recipe whose cache need not exist.", show_default=False)
+        str,
+        typer.Argument(help="Cache directory or URL, or a recipe whose cache need not exist.", show_default=False),
     ],
     overrides: Overrides = None,
     teacher: Annotated[
@@ -158,12 +159,12 @@ def fidelity(
 
     progress = console_progress()
     options: dict[str, Any] = {"student": student, "positions": positions, "compare": compare, "progress": progress}
-    if what.is_dir() or what.suffix not in (".yaml", ".yml"):
+    if Path(what).is_dir() or Path(what).suffix not in (".yaml", ".yml"):
         if overrides:
             raise RecipeError(f"{overrides[0]} is a recipe key, but {what} is a cache; give a recipe to change keys")
         report = cache_fidelity(what, teacher=teacher, **options)
     else:
-        recipe = chosen_recipe(what, [*(overrides or []), *([f"teacher.model={teacher}"] if teacher else [])])
+        recipe = chosen_recipe(Path(what), [*(overrides or []), *([f"teacher.model={teacher}"] if teacher else [])])
         ready_embedded(recipe, progress)
         report = recipe_fidelity(recipe, **options)
     say(f"{report.title}; mass: exact entries, mean and first percentile; cos, error: of the student's gradient")

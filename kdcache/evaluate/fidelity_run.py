@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from kdcache.cache.codec import ShardContent, decode, encode
-from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.reader import Cache
 from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.cache.selection import SelectionPlan
 from kdcache.cache.shard import pack, part_sizes
+from kdcache.cache.store import open_cache
 from kdcache.data.tokens import TokenRow
 from kdcache.errors import CacheError, RecipeError
 from kdcache.evaluate.fidelity import TEMPERATURES, Fidelity, FidelityMeter
@@ -105,7 +106,7 @@ def cache_fidelity(
         KdcacheError: no such cache, or the teacher is not the one it was made with.
     """
     progress = progress or Silent()
-    cache = open_cache(directory)
+    cache = open_cache(directory, progress=progress)
     rows, stored = _cached_sample(cache, positions)
     plan, forward = cache.plan, cached_teacher(cache, teacher)
     planned = PlannedCache(plan, (rows,), TokenMap(cache.vocabulary(), plan.tokenizer.fingerprint))

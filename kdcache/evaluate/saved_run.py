@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.reader import open_cache
+from kdcache.cache.store import open_cache
 from kdcache.errors import TrainingError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import load_adapter

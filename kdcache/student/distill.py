@@ -16,7 +16,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.reader import Cache
+from kdcache.cache.store import open_cache
 from kdcache.errors import RecipeError, StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import attach_lora, load_model, refuse_narrow_head
@@ -56,7 +57,7 @@ def distill(
     if recipe.student is None:
         raise RecipeError("train-student needs the recipe section student")
     student, training = recipe.student, recipe.training
-    cache = open_cache(recipe.cache.directory)
+    cache = open_cache(recipe.cache.directory, progress=progress)
     refuse_other_cache(recipe, cache)
     refuse_low_temperature(recipe.loss.temperature, cache)
     progress.message(f"cache {cache.id[:12]}: {cache.plan.selection.describe()}")
