@@ -47,7 +47,7 @@ class Size:
     megabytes: int
 
 
-RANDOM_TARGET, STRUCTURAL_TARGET, KILL_TARGET, TRANSFER_TARGET = 1_000_000, 100_000, 1000, 1000
+RANDOM_TARGET, STRUCTURAL_TARGET, KILL_TARGET, TRANSFER_TARGET = 1_000_000, 100_000, 1000, 100
 VERIFY_TARGET = 0.8
 SHORT = Size(random_bytes=50_000, structural=10_000, kills=40, transfers=10, megabytes=48)
 SOAK = Size(random_bytes=1_050_000, structural=110_000, kills=KILL_TARGET, transfers=TRANSFER_TARGET, megabytes=128)

@@ -275,6 +275,6 @@ def refuse_occupied(directory: Path) -> bool:
     if not empty:
         raise CacheError(
             f"{directory} is neither empty nor a cache (it holds {', '.join(sorted(found)[:4])}); "
-            "give the recipe key cache another directory"
+            "choose another directory"
         )
     return False

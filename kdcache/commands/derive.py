@@ -111,7 +111,8 @@ def repair(
     for finding in done.after.findings:
         say(f"{finding.file}: {finding.problem}")
     if left:
-        say(f"{cache} is not whole: {len(done.after.findings)} findings. {_way_out(cache, done)}")
+        count = len(done.after.findings)
+        say(f"{cache} is not whole: {count} finding{'s' if count > 1 else ''}. {_way_out(cache, done)}")
         raise typer.Exit(1)
     say(f"{cache} is whole: {done.after.shards} shards, {byte_size(done.after.bytes)}, cache id {done.after.cache_id}")
 
