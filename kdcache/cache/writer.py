@@ -25,7 +25,7 @@ from kdcache.cache.files import (
 )
 from kdcache.cache.manifest import Manifest, Plan, ShardEntry, parse_manifest
 from kdcache.cache.reader import decode_shard, missing_shards, read_plan, read_vocabulary, shard_path
-from kdcache.cache.shard import ShardRecord, compress, frame_size, pack, read_file, read_stated
+from kdcache.cache.shard import ShardRecord, compress, frame_size, pack, read_file, read_stated, unpacked_limit
 from kdcache.cache.statistics import RowStatistics, summarise
 from kdcache.cache.strict_json import canonical
 from kdcache.errors import CacheError, CorruptCacheError, PlanMismatchError, StorageError
@@ -114,6 +114,12 @@ class CacheWriter:
         """
         data = pack(encode(content, values=self.plan.selection.values), plan_digest=self._digest, index=index)
         path = shard_path(self.directory, index)
+        raw = frame_size(data)
+        if raw > unpacked_limit(data):
+            raise CacheError(
+                f"shard {index} packs {raw:,} bytes into {len(data):,}, and a reader unpacks no more than "
+                f"{unpacked_limit(data):,} of that; lower the recipe key cache.positions_per_shard"
+            )
         # What was just packed is read back as a stranger would, so that no shard is ever committed
         # that a reader refuses.
         checked, record = decode_shard(path, data, self.plan, index)

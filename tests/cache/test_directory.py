@@ -103,6 +103,15 @@ def test_an_empty_row_where_none_was_planned_is_refused(tmp_path):
         writer.commit(0, dataclasses.replace(CONTENTS[0], rows=rows))
 
 
+def test_a_shard_that_no_reader_would_unpack_is_not_written(tmp_path, monkeypatch):
+    writer = CacheWriter(tmp_path, PLAN, TOKENS)
+    monkeypatch.setattr(layout, "EXPANSION_FLOOR", 0)
+    monkeypatch.setattr(layout, "EXPANSION_LIMIT", 1)
+    with pytest.raises(CacheError, match=r"shard 0 packs .* lower the recipe key cache\.positions_per_shard"):
+        writer.commit(0, CONTENTS[0])
+    assert not list((tmp_path / "shards").iterdir())
+
+
 def test_any_order_any_process_and_any_resume_end_in_the_same_bytes(tmp_path, cache):
     write(tmp_path / "a", order=(2, 0)).directory  # noqa: B018 (a first process makes two shards and dies)
     (tmp_path / "a" / "shards" / ".tmp-00001-dead").write_bytes(b"half a shard")
