@@ -6,6 +6,7 @@ invariant of ``cache_format.md``, and that training takes without a warning or a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -200,7 +201,7 @@ def shape_or_dtype(f: Forgery, draw: random.Random) -> None:
         )
     elif how == 2:
         place = draw.randrange(max(1, len(entry["shape"])))
-        entry["shape"][place] = draw.choice(_ODD)
+        entry["shape"][place] = _odd(draw)
     elif how == 3:
         entry["dtype"], entry["shape"] = draw.choice(
             (("U16", [size // 2]), ("U32", [size // 4]), ("F16", [size // 2]), ("I8", [size]))
@@ -236,11 +237,11 @@ def header_fields(f: Forgery, draw: random.Random) -> None:
                 ([], [0], [0, 0, 0], None, [0.0, 1.0], ["0", "1"], [10**17, 10**18], [1, 0])
             )
         elif how == 3:
-            header[name][draw.choice(("extra", "dtype", "shape", "Dtype"))] = draw.choice(_ODD)
+            header[name][draw.choice(("extra", "dtype", "shape", "Dtype"))] = _odd(draw)
         elif how == 4:
             header[draw.choice(("extra", "", "__metadata", "head.id\0", "\ud800"))] = header.pop(name)
         elif how == 5:
-            header[name] = draw.choice(_ODD)
+            header[name] = _odd(draw)
         elif how == 6:
             return nested(draw.choice((10, 100, 900, 960, 980, 990, 995, 1000, 20000)), draw.choice("[{"))
         else:
@@ -256,11 +257,13 @@ def commit_record(f: Forgery, draw: random.Random) -> None:
     """The record in the metadata, or the metadata itself."""
     how = draw.randrange(5)
     if how <= 1:
-        f.record[draw.choice(sorted(f.record))] = draw.choice((*_ODD, 1 - f.place, 0.0 + f.place, bool(f.place), 1.0))
+        f.record[draw.choice(sorted(f.record))] = draw.choice(
+            (_odd(draw), 1 - f.place, 0.0 + f.place, bool(f.place), 1.0)
+        )
     elif how == 2:
         del f.record[draw.choice(sorted(f.record))]
     elif how == 3:
-        f.record[draw.choice(("more", "", "Plan"))] = draw.choice(_ODD)
+        f.record[draw.choice(("more", "", "Plan"))] = _odd(draw)
     else:
         text = json.dumps(f.record)
         f.metadata = draw.choice((
@@ -500,6 +503,11 @@ def _redigest(f: Forgery) -> None:
         f.plan["data"]["splits"][f.place]["fingerprint"] = hashlib.sha256(joined).hexdigest()
 
 
+def _odd(draw: random.Random) -> Any:
+    """One of the odd values, a copy: lists among them are changed in their turn."""
+    return copy.deepcopy(draw.choice(_ODD))
+
+
 def _change_json(value: Any, draw: random.Random) -> None:
     """Replace, remove, repeat or add one value somewhere below ``value``."""
     while True:
@@ -515,13 +523,13 @@ def _change_json(value: Any, draw: random.Random) -> None:
     if how == 0:
         del value[key]
     elif how == 1 and isinstance(value, dict):
-        value[draw.choice(("more", "", "Format", "\ud800"))] = draw.choice(_ODD)
+        value[draw.choice(("more", "", "Format", "\ud800"))] = _odd(draw)
     elif how == 2 and isinstance(value, list):
         value.append(old)
     elif how <= 4 and isinstance(old, int | float):
         value[key] = draw.choice((old + 1, old - 1, -old, float(old), old * 2, str(old), bool(old)))
     else:
-        value[key] = draw.choice(_ODD)
+        value[key] = _odd(draw)
 
 
 def _dumped(value: Any) -> bytes:
