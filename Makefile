@@ -70,7 +70,7 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-soak: $(READY)  ## The long robustness run: a thousand kills, a million damaged files (about half an hour)
+soak: $(READY)  ## The long robustness run: a thousand kills, a million damaged files (a quarter of an hour)
 	$(VENV)/bin/python benchmarks/robustness.py --soak
 
 check: lint test  ## Everything that must be clean before a change is merged

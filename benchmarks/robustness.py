@@ -1,7 +1,7 @@
 """Everything that is done to a cache to break it, in one table: what was found, beside what it has to be.
 
     python benchmarks/robustness.py             # a few minutes
-    python benchmarks/robustness.py --soak      # a million changed files and more: about half an hour
+    python benchmarks/robustness.py --soak      # a million changed files and more: a quarter of an hour
 
 Exits with 1 where a figure misses its target. Reader: ``robustness_reader.py``; writer: ``robustness_writer.py``; verify's
 speed: ``verify_speed.py``; transfers over a bad network: ``tests/cache/transfer_trials.py``.

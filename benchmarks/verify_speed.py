@@ -26,7 +26,7 @@ import zstandard
 from synthetic import VOCABULARY, synthetic_logits
 
 from kdcache.cache import layout
-from kdcache.cache.codec import ShardContent, sequence_digests
+from kdcache.cache.codec import ShardContent
 from kdcache.cache.manifest import DataPlan, Plan, ShardPlan, SplitPlan, TeacherIdentity, TokenizerIdentity
 from kdcache.cache.reader import open_cache, shard_path
 from kdcache.cache.rows import SparseRows, concatenate
@@ -171,7 +171,7 @@ def _varied(rows: SparseRows, generator: np.random.Generator) -> SparseRows:
 
 def _plan(contents: list[ShardContent], shards: int, tokens: list[str | None]) -> Plan:
     content = contents[0]
-    digests = [sequence_digests(c).tobytes() for c in contents]
+    digests = [c.digests.tobytes() for c in contents]
     joined = b"".join(digests[i % DIFFERENT] for i in range(shards))
     each = {"sequences": len(content), "tokens": len(content.token_ids), "positions": len(content.rows)}
     split = SplitPlan(

@@ -12,13 +12,12 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import safetensors.numpy
 
 from kdcache.cache import layout
-from kdcache.cache.codec import CachedSequence
-from kdcache.cache.reader import Cache, Split, shard_path
+from kdcache.cache.codec import CachedSequence, encode
+from kdcache.cache.reader import Cache, Split
 from kdcache.cache.rows import SparseRows
-from kdcache.cache.shard import decompress, part_sizes, read_file
+from kdcache.cache.shard import part_sizes
 from kdcache.errors import CacheError
 
 # Probabilities of the actual token from which surprise rises: the class of a token is how many of them it falls short of.
@@ -222,8 +221,6 @@ def _distributions(rows: SparseRows, speller: Speller, t: float, top: int) -> li
 
 def size_by_part(cache: Cache) -> dict[str, float]:
     """Bytes per position of the first shard by part, its tensors each compressed alone."""
-    cache.load(0)  # holds it against everything the format asks before anything of it is believed
-    data = read_file(shard_path(cache.directory, 0), limit=layout.SHARD_LIMIT)
-    arrays = safetensors.numpy.load(decompress(data, limit=layout.SHARD_LIMIT))
+    arrays = encode(cache.shard(0), values=cache.plan.selection.values)
     positions = cache.plan.shards[0].positions
     return {part: size / positions for part, size in part_sizes(arrays).items()}

@@ -18,7 +18,7 @@ from kdcache.recipe_keys import explain
 from kdcache.recipe_selection import Section, SelectionSection
 from kdcache.recipe_yaml import read_values
 
-# Bytes of an entry before compression, and what compression makes of one at least.
+# Bytes of an entry before compression, and how many of them compression makes one of as a rule; the writer checks.
 _ENTRY_BYTES, _UNPACKED = 5, 3
 Quantization = Literal["none", "nf4", "int8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -68,7 +68,7 @@ class DataSection(Section):
         "chat",
         description="chat: the tokenizer's chat template; plain: instruction, input and response separated by line breaks.",
     )
-    system: str | None = Field(None, description="System message put before every conversation that has none.")
+    system: str | None = Field(None, max_length=4096, description="System message put before every conversation that has none.")
     date: str = Field(
         "2024-07-26",
         pattern=r"^\d{4}-\d{2}-\d{2}$",

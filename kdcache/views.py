@@ -187,4 +187,6 @@ def _ragged(teacher: SparseTeacher) -> dict[str, list[Any]]:
         "teacher_log_probs": teacher.log_probs_NK,
         "teacher_weights": log_weights.exp(),
     }
+    if not len(inside):  # a sequence without targets; numpy splits nothing into one part
+        return {name: [] for name in columns}
     return {name: np.split(values[inside].numpy(), ends) for name, values in columns.items()}

@@ -372,3 +372,16 @@ def test_an_evaluation_in_between_is_no_part_of_the_training_log(training, tmp_p
     )  # fmt: skip
     assert trainer.evaluate()["eval_loss"] > 0
     assert not trainer._window.any()
+
+
+def test_shards_are_closed_by_tokens_too(monkeypatch):
+    """Long prompts with short answers once made shards that nothing could read back."""
+    import numpy as np
+
+    from kdcache.cache import layout
+    from kdcache.data.tokens import TokenRow
+    from kdcache.teacher.planning import _cut
+
+    monkeypatch.setattr(layout, "TOKENS_PER_SHARD", 20)
+    rows = [TokenRow(i, np.zeros(8, dtype=np.uint32), np.arange(8) == 7) for i in range(7)]
+    assert [(s.start, s.sequences, s.tokens) for s in _cut(0, rows, 1000)] == [(0, 3, 24), (3, 3, 24), (6, 1, 8)]

@@ -205,3 +205,21 @@ def test_the_usual_temperature_is_one_where_it_is_declared(caches, tmp_path):
     for view in (to_torch, to_datasets):
         with pytest.raises(CacheError, match="below the cache's smallest declared temperature 2"):
             view(caches["ids_alone"].split("train"), temperature=1.0)
+
+
+def test_a_sequence_without_targets_has_no_rows(tmp_path):
+    content = sample_sequences(2, seed=1)
+    rows = content.rows.slice(int(content.row_offsets[1]), len(content.rows))
+    targets = content.targets.copy()
+    targets[: content.token_offsets[1]] = False
+    thin = dataclasses.replace(content, targets=targets, rows=rows)
+    contents = [thin, sample_sequences(2, seed=2)]
+    writer = CacheWriter(tmp_path / "c", sample_plan(contents), TOKENS)
+    for index, part in enumerate(contents):
+        writer.commit(index, part)
+    writer.finalise()
+    train = open_cache(tmp_path / "c").split("train")
+    table = to_datasets(train, cache_dir=tmp_path / "arrow")
+    assert table[0]["positions"] == table[0]["teacher_ids"] == table[0]["rest_mass"] == []
+    assert len(table[1]["teacher_ids"]) == len(table[1]["positions"]) > 0
+    assert to_torch(train)[0]["teacher_ids"].shape[0] == 0

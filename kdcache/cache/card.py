@@ -152,5 +152,5 @@ def _is_hub_id(name: str, revision: str | None) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text from a plan without characters that Markdown or a table would interpret."""
-    return "".join(c for c in text if c.isalnum() or c in " ._-/:[]%+,()")
+    """Text from a plan without characters that Markdown or a table would interpret; brackets, which make links, escaped."""
+    return re.sub(r"[\[\]()]", r"\\\g<0>", "".join(c for c in text if c.isalnum() or c in " ._-/:[]%+,()"))

@@ -103,7 +103,7 @@ def encode(content: ShardContent, *, values: Values) -> Arrays:
     rows, width = content.rows, id_bytes(content.rows.design.vocab_size)
     arrays: Arrays = {
         "sequence.length": content.lengths.astype("<u4"),
-        "sequence.digest": sequence_digests(content),
+        "sequence.digest": content.digests,
         "token.id": to_planes(content.token_ids, width),
         "token.target": content.targets.astype("|u1"),
         "row.head": to_planes(rows.head, 2),
@@ -184,7 +184,7 @@ def decode(arrays: Arrays, *, design: RowDesign, values: Values, verified: bool 
         return content
     if np.any(token_ids >= design.vocab_size):
         raise CorruptCacheError(f"invariant 3 (token ids lie below {design.vocab_size})")
-    if not np.array_equal(arrays["sequence.digest"], sequence_digests(content)):
+    if not np.array_equal(arrays["sequence.digest"], content.digests):
         raise CorruptCacheError("invariant 13 (a sequence's digest is that of its tokens and targets)")
     check_rows(content.rows)
     return content
@@ -202,11 +202,6 @@ def expected_tensors(
         axes = [size[axis] if axis in size else int(axis) for axis in shape.split(",")]
         table[name] = (layout.SAFETENSORS_DTYPES[dtype], axes)
     return table
-
-
-def sequence_digests(content: ShardContent) -> NDArray[np.uint8]:
-    """uint8 ``[S, 16]``: `sequence_digest` of every sequence; worked out once."""
-    return content.digests
 
 
 def _counts(stored: NDArray[np.generic] | None) -> NDArray[np.uint8] | None:

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.codec import CachedSequence, ShardContent
-from kdcache.cache.layout import PLAN_FILE
+from kdcache.cache.layout import PLAN_FILE, SHARDS_LIMIT
 from kdcache.cache.manifest import Manifest, Plan, ShardPlan
 from kdcache.cache.reader import read_plan
 from kdcache.cache.rows import concatenate
 from kdcache.cache.writer import CacheWriter
-from kdcache.errors import PlanMismatchError
+from kdcache.errors import CacheError, PlanMismatchError
 from kdcache.progress import Progress
 
 _TEXT_LIMIT = 4096
@@ -74,6 +74,16 @@ def write_derived(
     return DerivedCache(writer.directory, plan, writer.finalise(), len(todo))
 
 
+def refuse_too_many(shards: Sequence[ShardPlan]) -> None:
+    """A plan has so many shards at most.
+
+    Raises:
+        CacheError: it would have more.
+    """
+    if len(shards) > SHARDS_LIMIT:
+        raise CacheError(f"a cache has at most {SHARDS_LIMIT:,} shards, this would have {len(shards):,}")
+
+
 def noted(text: str) -> str:
     """Text within what a plan holds."""
     return text if len(text) <= _TEXT_LIMIT else text[: _TEXT_LIMIT - 1] + "…"
@@ -89,13 +99,16 @@ def joined(sequences: Sequence[CachedSequence]) -> ShardContent:
     )
 
 
-def cut_shards(split: int, sizes: Iterable[tuple[int, int]], *, positions_limit: int) -> list[ShardPlan]:
-    """Consecutive sequences, as many to a shard as keep it within ``positions_limit``.
+def cut_shards(
+    split: int, sizes: Iterable[tuple[int, int]], *, tokens_limit: int, positions_limit: int
+) -> list[ShardPlan]:
+    """Consecutive sequences, as many to a shard as keep it within both limits.
 
     Args:
         split: number of the split.
         sizes: tokens and positions of each sequence.
-        positions_limit: most positions of a shard; a sequence that holds more is a shard of its own.
+        tokens_limit: most tokens of a shard; a sequence that holds more is a shard of its own.
+        positions_limit: most positions, likewise.
     """
     shards: list[ShardPlan] = []
     start = sequences = tokens = positions = 0
@@ -104,7 +117,7 @@ def cut_shards(split: int, sizes: Iterable[tuple[int, int]], *, positions_limit:
         shards.append(ShardPlan(split=split, start=start, sequences=sequences, tokens=tokens, positions=positions))
 
     for own_tokens, own_positions in sizes:
-        if sequences and positions + own_positions > positions_limit:
+        if sequences and (positions + own_positions > positions_limit or tokens + own_tokens > tokens_limit):
             close()
             start, sequences, tokens, positions = start + sequences, 0, 0, 0
         sequences, tokens, positions = sequences + 1, tokens + own_tokens, positions + own_positions

@@ -82,14 +82,23 @@ def read_vocabulary(directory: Path, plan: Plan) -> list[str | None]:
     """
     path = directory / layout.VOCABULARY_FILE
     try:
-        raw = decompress(read_file(path, limit=layout.VOCABULARY_LIMIT), limit=layout.VOCABULARY_LIMIT)
-        if hashlib.sha256(raw).hexdigest() != plan.tokenizer.fingerprint:
-            raise CorruptCacheError("its hash is not the plan's tokenizer fingerprint")
-        tokens = parse(raw, what=layout.VOCABULARY_FILE, limit=layout.VOCABULARY_LIMIT, values=layout.VOCABULARY_VALUES)
-        if not isinstance(tokens, list) or len(tokens) != plan.tokenizer.vocab_size:
-            raise CorruptCacheError(f"it does not list {plan.tokenizer.vocab_size} tokens")
-        if not all(t is None or isinstance(t, str) for t in tokens):
-            raise CorruptCacheError("it lists something that is not a token")
+        return check_vocabulary(read_file(path, limit=layout.VOCABULARY_LIMIT), plan)
     except CorruptCacheError as exc:
         raise CorruptCacheError(f"{path} is not the cache's vocabulary: {exc}") from exc
+
+
+def check_vocabulary(data: bytes, plan: Plan) -> list[str | None]:
+    """Token strings by id, from the bytes of a vocabulary file.
+
+    Raises:
+        CorruptCacheError: it is not the vocabulary the plan names.
+    """
+    raw = decompress(data, limit=layout.VOCABULARY_LIMIT)
+    if hashlib.sha256(raw).hexdigest() != plan.tokenizer.fingerprint:
+        raise CorruptCacheError("its hash is not the plan's tokenizer fingerprint")
+    tokens = parse(raw, what=layout.VOCABULARY_FILE, limit=layout.VOCABULARY_LIMIT, values=layout.VOCABULARY_VALUES)
+    if not isinstance(tokens, list) or len(tokens) != plan.tokenizer.vocab_size:
+        raise CorruptCacheError(f"it does not list {plan.tokenizer.vocab_size} tokens")
+    if not all(t is None or isinstance(t, str) for t in tokens):
+        raise CorruptCacheError("it lists something that is not a token")
     return tokens

@@ -64,7 +64,7 @@ def create_file(path: Path, data: bytes) -> FileState | None:
 
 
 def file_state(status: os.stat_result) -> FileState:
-    """Device, inode, size and time of change (ns): equal for a file that nobody has replaced."""
+    """Device, inode, size and time of modification (ns): equal for a file that nobody has written to since."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

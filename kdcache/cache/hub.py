@@ -16,7 +16,7 @@ from kdcache.cache import layout
 from kdcache.cache.card import with_licence
 from kdcache.cache.pace import Meter, Retry
 from kdcache.cache.reader import Cache
-from kdcache.cache.receive import OWN_NAMES
+from kdcache.cache.receive import foreign_names
 from kdcache.cache.remote import Place, parse_location
 from kdcache.cache.shard import read_file
 from kdcache.cache.share import object_names, whole_cache
@@ -141,11 +141,10 @@ def _check_shards(cache: Cache, additions: list[CommitOperationAdd]) -> None:
 
 def _refuse_other_contents(repository: str, commit: str | None, there: set[str], cache: Cache) -> None:
     shown = f"hf://datasets/{repository}"
-    foreign = {n for n in there if n.partition("/")[0] not in OWN_NAMES} - _HUB_OWN
-    if foreign:
+    if foreign := foreign_names({n.partition("/")[0] for n in there - _HUB_OWN}):
         raise CacheError(
-            f"{shown} holds {', '.join(sorted(foreign)[:4])}, which no cache does; take another repository, or put the cache "
-            "beside it with --overwrite"
+            f"{shown} is neither empty nor a cache (it holds {', '.join(foreign[:4])}); take another repository, or push "
+            "there all the same with --overwrite"
         )
     if layout.MANIFEST_FILE in there:
         place = Place(parse_location(f"{shown}@{commit}"))

@@ -33,6 +33,8 @@ JSON_LIMIT: Final = 16 << 20
 # Commas and opening brackets: once parsed, each may take a hundred times its byte.
 JSON_VALUES: Final = 1 << 18
 SHARDS_LIMIT: Final = 40_000
+# Writers close a shard here at the latest, so that ids and flags, which may repeat for ever, stay within the floor.
+TOKENS_PER_SHARD: Final = 2 << 20
 VOCABULARY_LIMIT: Final = 32 << 20
 VOCABULARY_VALUES: Final = 2 << 20
 DIGEST_BYTES: Final = 16

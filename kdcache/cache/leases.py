@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -129,49 +130,57 @@ class Shelf:
         write_file(self.home / f"{key}.json", readable(current.model_dump(mode="json")))
 
     def admit(self, key: str, record: Record) -> None:
-        """Make room for a cache and record it; the caller has its lock.
+        """Make room for a cache and record it; the caller has its lock. Nothing is removed for one that does not fit.
 
         Raises:
             CacheError: it does not fit, whatever is removed.
         """
-        everything = Lease(self.home / "store.lock", exclusive=True, wait=True)
-        try:
+        if record.bytes > self.limit:
+            raise self._no_room(record, "more than the limit of")
+        with ExitStack() as held:
+            held.callback(Lease(self.home / "store.lock", exclusive=True, wait=True).release)
             others = {k: r for k, r in self.records().items() if k != key}
             excess = sum(r.bytes for r in others.values()) + record.bytes - self.limit
+            leaving = []
             for name in sorted(others, key=lambda k: others[k].used):
                 if excess <= 0:
                     break
-                if self._remove(name):
+                if (lease := self._idle(name)) is not None:
+                    held.callback(lease.release)
+                    leaving.append(name)
                     excess -= others[name].bytes
             if excess > 0:
-                raise CacheError(
-                    f"a cache of {record.bytes:,} bytes does not fit into the store {self.home} (limit {self.limit:,} bytes, "
-                    f"{excess:,} too many, the others are in use); raise KDCACHE_STORE_LIMIT, or kdcache pull it into a directory"
-                )
+                raise self._no_room(record, f"{excess:,} too many, the others are in use; limit")
+            for name in leaving:
+                self._remove(name)
             self.touch(key, record)
-        finally:
-            everything.release()
 
-    def _remove(self, key: str) -> bool:
-        """Remove a stored cache unless somebody uses it."""
+    def _no_room(self, record: Record, why: str) -> CacheError:
+        return CacheError(
+            f"a cache of {record.bytes:,} bytes does not fit into the store {self.home} ({why} {self.limit:,} bytes); raise "
+            "KDCACHE_STORE_LIMIT, or kdcache pull it into a directory"
+        )
+
+    def _idle(self, key: str) -> Lease | None:
+        """The exclusive lock of a stored cache that nobody uses; none of what the store did not make itself."""
+        if self.directory(key).is_symlink():
+            return None
         try:
-            lease = Lease(self.home / f"{key}.lock", exclusive=True, wait=False)
+            return Lease(self.home / f"{key}.lock", exclusive=True, wait=False)
         except BlockingIOError:
-            return False
+            return None
+
+    def _remove(self, key: str) -> None:
+        """Remove a stored cache; the caller has its lock."""
+        directory = self.directory(key)
         try:
-            directory = self.directory(key)
-            if directory.is_symlink():
-                return False
             # Without its manifest it is no complete cache, should this be interrupted.
             (directory / layout.MANIFEST_FILE).unlink(missing_ok=True)
             if directory.exists():
                 shutil.rmtree(directory)
             (self.home / f"{key}.json").unlink(missing_ok=True)
         except OSError as exc:
-            raise StorageError(f"cannot remove {self.directory(key)} from the store: {exc.strerror}") from exc
-        finally:
-            lease.release()
-        return True
+            raise StorageError(f"cannot remove {directory} from the store: {exc.strerror}") from exc
 
 
 def _read(path: Path) -> Record | None:

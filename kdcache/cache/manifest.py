@@ -226,6 +226,12 @@ def parse_manifest(data: bytes, plan: Plan) -> Manifest:
         s.name for s in plan.data.splits
     ]:
         raise CorruptCacheError(f"{layout.MANIFEST_FILE} lists other shards or splits than {layout.PLAN_FILE}")
+    for index, shard in enumerate(manifest.shards):
+        if max(shard.bytes, shard.raw_bytes) > layout.SHARD_LIMIT:
+            raise CorruptCacheError(
+                f"{layout.MANIFEST_FILE}: shard {index} should have at most {layout.SHARD_LIMIT} bytes, it claims "
+                f"{max(shard.bytes, shard.raw_bytes)}"
+            )
     temperatures = len(plan.selection.temperatures)
     for stated, planned in zip(manifest.splits, plan.data.splits, strict=True):
         counts = (stated.sequences, stated.tokens, stated.positions)

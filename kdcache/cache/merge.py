@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.codec import sequence_digests
-from kdcache.cache.derive import DerivedCache, noted, write_derived
+from kdcache.cache.derive import DerivedCache, noted, refuse_too_many, write_derived
 from kdcache.cache.layout import DIGEST_BYTES
 from kdcache.cache.manifest import DataPlan, Derivation, Plan, ShardPlan, SplitPlan
 from kdcache.cache.reader import Cache, Split
@@ -74,6 +73,7 @@ def merge(caches: Sequence[Cache], destination: str | Path, *, progress: Progres
     _warn_of_repeats(names, digests, progress)
     splits = [_split_plan(own, d) for own, d in zip(parts, digests, strict=True)]
     places, shards = _shards(parts)
+    refuse_too_many(shards)
     changes = {
         "data": _data_plan([c.plan.data for c in caches], splits),
         "shards": tuple(shards),
@@ -127,7 +127,7 @@ def _digests(parts: list[list[Split]], progress: Progress) -> list[NDArray[np.ui
             found = [np.zeros((0, DIGEST_BYTES), dtype=np.uint8)]
             for split in own:
                 for index in split.shards:
-                    found.append(sequence_digests(split.cache.load(index)))
+                    found.append(split.cache.load(index).digests)
                     progress.advance(1)
             digests.append(np.concatenate(found))
     finally:

@@ -2,7 +2,7 @@
 
 A shard is verified when it is first opened: size and SHA-256 of its file, then its frame, header,
 commit record, values and sequence digests. As long as the file stays the one it was (device, inode, size, time of
-change), it is only decoded when it is opened again. Memory is bounded by ``keep`` decoded shards, those read ahead by a
+modification), it is only decoded when it is opened again. Memory is bounded by ``keep`` decoded shards, those read ahead by a
 second thread among them.
 """
 
@@ -13,7 +13,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -54,6 +54,9 @@ class Cache:
         self.id = cache_id
         self._keep = keep
         self._verified: dict[int, FileState] = {}
+        # Brings a damaged shard again, where somebody can; asked once for each shard.
+        self.mend: Callable[[int], None] | None = None
+        self._mended: set[int] = set()
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -150,6 +153,16 @@ class Cache:
         Raises:
             CorruptCacheError: the shard is not what plan and manifest promise.
         """
+        try:
+            return self._load(index)
+        except CorruptCacheError:
+            if self.mend is None or index in self._mended:
+                raise
+            self._mended.add(index)
+            self.mend(index)
+            return self._load(index)
+
+    def _load(self, index: int) -> ShardContent:
         entry = self.manifest.shards[index]
         path = shard_path(self.directory, index)
         data, state = read_stated(path, limit=layout.SHARD_LIMIT)

@@ -11,19 +11,19 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from kdcache.cache import layout
-from kdcache.cache.directory import decode_shard
+from kdcache.cache.directory import check_vocabulary, decode_shard, shard_path
 from kdcache.cache.files import make_directory, write_file
-from kdcache.cache.manifest import Manifest, Plan, parse_manifest, parse_plan
+from kdcache.cache.manifest import Manifest, Plan, ShardEntry, parse_manifest, parse_plan
 from kdcache.cache.remote import Location
-from kdcache.cache.shard import decompress, read_file
-from kdcache.cache.transfer import Transfer, match
+from kdcache.cache.shard import read_file
+from kdcache.cache.transfer import Transfer, match, refuse_full_disk
 from kdcache.errors import CacheError, CorruptCacheError, DamagedObjectError, StorageError, TransferError
 
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -65,6 +65,13 @@ class Head:
     def size(self) -> int:
         """Bytes of the cache without vocabulary and data card, whose sizes the manifest does not state."""
         return len(self.plan_bytes) + len(self.manifest_bytes) + sum(s.bytes for s in self.manifest.shards)
+
+
+def foreign_names(found: Iterable[str]) -> list[str]:
+    """Of the names at a place, those that pushing there must not touch: a README alone is no data card but somebody's."""
+    names = set(found)
+    own = OWN_NAMES if layout.SHARD_DIRECTORY in names else OWN_NAMES - {layout.CARD_FILE}
+    return sorted(names - own)
 
 
 def shard_object(index: int) -> str:
@@ -115,36 +122,42 @@ def pull_into(directory: Path, transfer: Transfer, head: Head, *, workers: int) 
         TransferError, CacheError, StorageError: as `pull`.
     """
     refuse_other_cache(directory, head)
+    # Shards are what takes the room; those that are there take no more of it.
+    wanted = sum(e.bytes for i, e in enumerate(head.manifest.shards) if not shard_path(directory, i).exists())
+    refuse_full_disk(directory, wanted)
     shards = directory / layout.SHARD_DIRECTORY
     make_directory(shards)
     with _scratch(directory) as scratch:
         return _bring_all(directory, scratch, transfer, head, workers=workers)
 
 
+def fetch_shard(transfer: Transfer, path: Path, entry: ShardEntry, index: int, *, scratch: Path) -> None:
+    """Bring shard ``index`` to ``path``, held against its manifest entry; ``scratch`` is a folder of the same disk.
+
+    Raises:
+        DamagedObjectError, TransferError, StorageError: as `Transfer.fetch`.
+    """
+    limit, check = min(entry.bytes, layout.SHARD_LIMIT), partial(match, size=entry.bytes, sha256=entry.sha256)
+    transfer.fetch(shard_object(index), path, scratch=scratch, limit=limit, check=check)
+
+
 def _bring_all(directory: Path, scratch: Path, transfer: Transfer, head: Head, *, workers: int) -> Moved:
-    shards = directory / layout.SHARD_DIRECTORY
     if not (directory / layout.PLAN_FILE).exists():
         write_file(directory / layout.PLAN_FILE, head.plan_bytes)
     moved: list[int] = []
 
-    def bring(name: str, limit: int, check: Callable[[Path], None]) -> None:
-        path = directory / name
-        if not _is_good(path, check):
-            transfer.fetch(name, path, scratch=scratch, limit=limit, check=check)
-            moved.append(path.stat().st_size)
-        else:
-            transfer.meter.add(path.stat().st_size)
-
     def bring_shard(index: int) -> None:
-        entry, path = head.manifest.shards[index], shards / layout.shard_name(index)
-        check = partial(match, size=entry.bytes, sha256=entry.sha256)
-        if not _is_good(path, check):
-            _refuse_other_shard(path, head.plan, index)
-        bring(shard_object(index), entry.bytes, check)
+        entry, path = head.manifest.shards[index], shard_path(directory, index)
+        if _is_good(path, partial(match, size=entry.bytes, sha256=entry.sha256)):
+            transfer.meter.add(entry.bytes)
+            return
+        _refuse_other_shard(path, head.plan, index)
+        fetch_shard(transfer, path, entry, index, scratch=scratch)
+        moved.append(entry.bytes)
 
     try:
         # The vocabulary first: it is small and tells a wrong address from a right one.
-        bring(layout.VOCABULARY_FILE, layout.VOCABULARY_LIMIT, partial(_check_vocabulary, plan=head.plan))
+        _bring_vocabulary(directory, scratch, transfer, head.plan, moved)
         _bring_card(directory, scratch, transfer, moved)
         transfer.meter.begin("pull", sum(entry.bytes for entry in head.manifest.shards))
         transfer.in_parallel((partial(bring_shard, i) for i in range(len(head.plan.shards))), workers=workers)
@@ -208,10 +221,15 @@ def _is_good(path: Path, check: Callable[[Path], None]) -> bool:
     return True
 
 
-def _check_vocabulary(path: Path, plan: Plan) -> None:
-    raw = decompress(read_file(path, limit=layout.VOCABULARY_LIMIT), limit=layout.VOCABULARY_LIMIT)
-    if hashlib.sha256(raw).hexdigest() != plan.tokenizer.fingerprint:
-        raise CorruptCacheError("its hash is not the plan's tokenizer fingerprint")
+def _bring_vocabulary(directory: Path, scratch: Path, transfer: Transfer, plan: Plan, moved: list[int]) -> None:
+    path, limit = directory / layout.VOCABULARY_FILE, layout.VOCABULARY_LIMIT
+
+    def check(arrived: Path) -> None:
+        check_vocabulary(read_file(arrived, limit=limit), plan)
+
+    if not _is_good(path, check):
+        transfer.fetch(layout.VOCABULARY_FILE, path, scratch=scratch, limit=limit, check=check)
+        moved.append(path.stat().st_size)
 
 
 def _bring_card(directory: Path, scratch: Path, transfer: Transfer, moved: list[int]) -> None:

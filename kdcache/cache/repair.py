@@ -1,7 +1,7 @@
 """``kdcache repair``: what `examine` names is fetched from another copy, made again, or rebuilt from the shards.
 
 In the order in which things depend on each other: the plan, the vocabulary and the damaged shards come from a copy, where
-there is one; what is still damaged is made again, where somebody can; manifest and data card follow from the shards. Files
+there is one, and a lost manifest too, if it is the one of the shards here; what is still damaged is made again, where somebody can; manifest and data card follow from the shards. Files
 that arrive are checked before they replace anything. The manifest is what a shard is held against, and a manifest that
 cannot be read leaves the plan, which every shard names by its digest.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.cache import layout
+from kdcache.cache.directory import check_vocabulary, decode_shard, read_plan, read_vocabulary, shard_path
 from kdcache.cache.files import make_directory, write_file
 from kdcache.cache.manifest import Manifest, Plan, parse_manifest, parse_plan
-from kdcache.cache.reader import decode_shard, read_plan, read_vocabulary, shard_path
-from kdcache.cache.shard import decompress, read_file
+from kdcache.cache.shard import read_file
 from kdcache.cache.verify import Finding, Verification, examine
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError, StorageError
@@ -71,7 +71,13 @@ def repair(
     found = _examined(directory, plan, progress)
     before, refused = found.findings, []
     if fetch is not None:
-        refused = _fetch_all(directory, plan, _files(found), fetch, fetched, progress)
+        manifest = _manifest(directory, plan)
+        theirs = _fetched_manifest(directory, plan, _files(found), fetch, refused) if manifest is None else None
+        names = _files(found)
+        refused += _fetch_all(directory, plan, manifest or (theirs and theirs[0]), names, fetch, fetched, progress)
+        if theirs is not None and _has_shards_of(directory, theirs[0]):
+            write_file(directory / layout.MANIFEST_FILE, theirs[1])
+            fetched.append(layout.MANIFEST_FILE)
         if fetched:
             found = _examined(directory, plan, progress)
     if make is not None and found.findings:
@@ -154,12 +160,46 @@ def _manifest(directory: Path, plan: Plan) -> Manifest | None:
         return None
 
 
+def _fetched_manifest(
+    directory: Path, plan: Plan, damaged: list[str], fetch: Fetch, refused: list[Finding]
+) -> tuple[Manifest, bytes] | None:
+    """The copy's manifest where ours is lost, so that the cache keeps its id; not if good shards here are others."""
+    try:
+        data = fetch(layout.MANIFEST_FILE, layout.JSON_LIMIT)
+        manifest = parse_manifest(data, plan)
+        for index, entry in enumerate(manifest.shards):
+            path = shard_path(directory, index)
+            if f"{layout.SHARD_DIRECTORY}/{path.name}" not in damaged and _sha256(path) != entry.sha256:
+                raise CorruptCacheError(f"it is of another cache: {path.name} is good here and has another SHA-256 there")
+    except KdcacheError as exc:
+        refused.append(Finding(layout.MANIFEST_FILE, str(exc)))
+        return None
+    return manifest, data
+
+
+def _has_shards_of(directory: Path, manifest: Manifest) -> bool:
+    """Whether every shard that a manifest promises is here; only then is it written."""
+    try:
+        return all(_sha256(shard_path(directory, i)) == entry.sha256 for i, entry in enumerate(manifest.shards))
+    except KdcacheError:
+        return False
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_file(path, limit=layout.SHARD_LIMIT)).hexdigest()
+
+
 def _fetch_all(
-    directory: Path, plan: Plan, names: list[str], fetch: Fetch, fetched: list[str], progress: Progress
+    directory: Path,
+    plan: Plan,
+    manifest: Manifest | None,
+    names: list[str],
+    fetch: Fetch,
+    fetched: list[str],
+    progress: Progress,
 ) -> list[Finding]:
-    """Replace damaged files by those of the copy that pass; returns the others."""
+    """Replace damaged files by those of the copy that pass, shards held against the manifest; returns the others."""
     refused = []
-    manifest = _manifest(directory, plan)
     wanted = {f"{layout.SHARD_DIRECTORY}/{layout.shard_name(i)}": i for i in range(len(plan.shards))}
     names = [name for name in names if name == layout.VOCABULARY_FILE or name in wanted]
     make_directory(directory / layout.SHARD_DIRECTORY)
@@ -169,7 +209,7 @@ def _fetch_all(
             try:
                 if name == layout.VOCABULARY_FILE:
                     data = fetch(name, layout.VOCABULARY_LIMIT)
-                    _check_vocabulary(data, plan)
+                    check_vocabulary(data, plan)
                 else:
                     data = fetch(name, _shard_limit(manifest, wanted[name]))
                     _check_shard(data, plan, manifest, wanted[name])
@@ -194,16 +234,10 @@ def _check_shard(data: bytes, plan: Plan, manifest: Manifest | None, index: int)
         entry, found = manifest.shards[index], hashlib.sha256(data).hexdigest()
         if found != entry.sha256:
             raise CorruptCacheError(
-                f"the copy's shard has SHA-256 {found[:12]}…, the manifest here promises {entry.sha256[:12]}…: damaged there "
-                f"too, or the manifest here is (move {layout.MANIFEST_FILE} away and repair again: it follows from the shards)"
+                f"the copy's shard has SHA-256 {found[:12]}…, the manifest promises {entry.sha256[:12]}…: damaged there too, or "
+                f"the manifest here is (move {layout.MANIFEST_FILE} away and repair again: it follows from the shards)"
             )
     decode_shard(Path("the copy's") / layout.shard_name(index), data, plan, index)
-
-
-def _check_vocabulary(data: bytes, plan: Plan) -> None:
-    found = hashlib.sha256(decompress(data, limit=layout.VOCABULARY_LIMIT)).hexdigest()
-    if found != plan.tokenizer.fingerprint:
-        raise CorruptCacheError("the copy's vocabulary is not the one that the plan names")
 
 
 @contextmanager
@@ -214,11 +248,12 @@ def _set_aside(directory: Path, names: list[str]) -> Iterator[None]:
     """
     moved = [(path, path.with_name(path.name + _ASIDE)) for name in names if (path := directory / name).is_file()]
     try:
-        for path, aside in moved:
-            path.rename(aside)
+        try:
+            for path, aside in moved:
+                path.rename(aside)
+        except OSError as exc:
+            raise StorageError(f"cannot move damaged shards of {directory} aside: {exc.strerror or exc}") from exc
         yield
-    except OSError as exc:
-        raise StorageError(f"cannot move damaged shards of {directory} aside: {exc.strerror or exc}") from exc
     finally:
         for path, aside in moved:
             with suppress(OSError):

@@ -178,7 +178,7 @@ def read_file(path: Path, *, limit: int) -> bytes:
 
 
 def read_stated(path: Path, *, limit: int) -> tuple[bytes, FileState]:
-    """`read_file`, with the state of the file that was read: device, inode, size, time of change (ns).
+    """`read_file`, with the state of the file that was read, as `file_state` has it.
 
     Raises:
         CorruptCacheError: as `read_file`, or the file changed while it was read.

@@ -18,7 +18,7 @@ from kdcache.cache import layout
 from kdcache.cache.directory import read_vocabulary
 from kdcache.cache.pace import Retry
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.cache.receive import OWN_NAMES, Moved, pull_into, read_head, shard_object
+from kdcache.cache.receive import Moved, foreign_names, pull_into, read_head, shard_object
 from kdcache.cache.remote import Place, parse_location
 from kdcache.cache.shard import read_file
 from kdcache.cache.transfer import Transfer
@@ -210,11 +210,9 @@ def _refuse_other_contents(transfer: Transfer, cache: Cache, manifest: bytes, th
         raise CacheError(f"{place} holds another cache's plan; push elsewhere, or replace it with --overwrite")
     if plan is None and there is None:
         found = {n for n in transfer.attempt("", place.names) if not n.startswith(layout.TEMPORARY_PREFIX)}
-        # A data card is somebody's own README where no push has begun.
-        foreign = found - OWN_NAMES or (found & {layout.CARD_FILE} if layout.SHARD_DIRECTORY not in found else set())
-        if foreign:
+        if foreign := foreign_names(found):
             raise CacheError(
-                f"{place} is neither empty nor a cache (it holds {', '.join(sorted(foreign)[:4])}); push elsewhere, "
+                f"{place} is neither empty nor a cache (it holds {', '.join(foreign[:4])}); push elsewhere, "
                 "or push there all the same with --overwrite"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +15,13 @@ from kdcache.cache.rows import SparseRows
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Sums over rows: entries, teacher NLL (nats), kept mass ``[B]`` and its histogram ``[B, bins]``."""
+    """Sums over rows: entries, teacher NLL (nats), kept mass ``[B]`` and its histogram ``[B, bins]`` (uint32)."""
 
     kept_positions: int
     entries: int
     teacher_nll: float
     kept_mass: NDArray[np.float64]
-    kept_mass_histogram: NDArray[np.int64]
+    kept_mass_histogram: NDArray[np.uint32]
 
     @classmethod
     def of(cls, rows: SparseRows) -> RowStatistics:
@@ -33,24 +34,51 @@ class RowStatistics:
             entries=rows.entries,
             teacher_nll=float(-rows.label_log_prob.astype(np.float64).sum()),
             kept_mass=mass.sum(axis=0),
-            kept_mass_histogram=np.stack(histogram),
+            kept_mass_histogram=np.stack(histogram).astype(np.uint32),
         )
 
 
-def summarise(split: SplitPlan, parts: list[RowStatistics]) -> SplitSummary:
-    """Totals of one split from its shards' statistics, in shard order."""
-    mass = sum((p.kept_mass for p in parts), np.zeros_like(parts[0].kept_mass))
-    histogram = sum((p.kept_mass_histogram for p in parts), np.zeros_like(parts[0].kept_mass_histogram))
-    kept = sum(p.kept_positions for p in parts)
-    reached = np.cumsum(histogram, axis=1) >= 0.01 * kept
-    return SplitSummary(
-        name=split.name,
-        sequences=split.sequences,
-        tokens=split.tokens,
-        positions=split.positions,
-        kept_positions=kept,
-        entries=sum(p.entries for p in parts),
-        teacher_nll=round(max(0.0, sum(p.teacher_nll for p in parts)), 6),
-        kept_mass_mean=tuple(round(float(m), 9) for m in mass / max(1, kept)),
-        kept_mass_p1=tuple(float(i) / KEPT_MASS_BINS for i in np.argmax(reached, axis=1)),
+class SplitTotals:
+    """Running totals of one split; shards are added in their order, for sums of floats depend on it."""
+
+    def __init__(self, temperatures: int) -> None:
+        self._kept = self._entries = 0
+        self._nll = 0.0
+        self._mass = np.zeros(temperatures)
+        self._histogram = np.zeros((temperatures, KEPT_MASS_BINS), dtype=np.int64)
+
+    def add(self, part: RowStatistics) -> None:
+        """Add the split's next shard."""
+        self._kept += part.kept_positions
+        self._entries += part.entries
+        self._nll += part.teacher_nll
+        self._mass += part.kept_mass
+        self._histogram += part.kept_mass_histogram
+
+    def summary(self, split: SplitPlan) -> SplitSummary:
+        """What a manifest says of the split, once all its shards have been added."""
+        reached = np.cumsum(self._histogram, axis=1) >= 0.01 * self._kept
+        return SplitSummary(
+            name=split.name,
+            sequences=split.sequences,
+            tokens=split.tokens,
+            positions=split.positions,
+            kept_positions=self._kept,
+            entries=self._entries,
+            teacher_nll=round(max(0.0, self._nll), 6),
+            kept_mass_mean=tuple(round(float(m), 9) for m in self._mass / max(1, self._kept)),
+            kept_mass_p1=tuple(float(i) / KEPT_MASS_BINS for i in np.argmax(reached, axis=1)),
+        )
+
+
+def same_totals(found: SplitSummary, stated: SplitSummary) -> bool:
+    """Equal counts, and sums equal up to what another processor's exponentials may differ by."""
+    if any(
+        getattr(found, field) != getattr(stated, field) for field in ("name", "entries", "positions", "kept_positions")
+    ):
+        return False
+    pairs = [(found.teacher_nll, stated.teacher_nll), *zip(found.kept_mass_mean, stated.kept_mass_mean, strict=True)]
+    pairs += [(a + 1.0, b + 1.0) for a, b in zip(found.kept_mass_p1, stated.kept_mass_p1, strict=True)]
+    return all(
+        math.isclose(a, b, rel_tol=1e-3 if i > len(found.kept_mass_mean) else 1e-6) for i, (a, b) in enumerate(pairs)
     )

@@ -15,17 +15,20 @@ import hashlib
 import os
 import re
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.cache import layout, reader
-from kdcache.cache.directory import missing_shards, read_plan
+from kdcache.cache.directory import missing_shards, read_plan, read_vocabulary, shard_path
+from kdcache.cache.files import write_file
 from kdcache.cache.leases import Lease, Record, Shelf
+from kdcache.cache.manifest import Manifest, parse_manifest
 from kdcache.cache.pace import Retry
-from kdcache.cache.receive import Head, pull_into, read_head
+from kdcache.cache.receive import Head, fetch_shard, pull_into, read_head
 from kdcache.cache.remote import Location, Place, parse_location
 from kdcache.cache.shard import read_file
 from kdcache.cache.transfer import Transfer
-from kdcache.errors import CacheError, StorageError, TransferError
+from kdcache.errors import CacheError, CorruptCacheError, StorageError, TransferError
 from kdcache.progress import Progress, Silent
 
 _HOME, _LIMIT = "KDCACHE_HOME", "KDCACHE_STORE_LIMIT"
@@ -39,6 +42,8 @@ _COMMIT = re.compile(r"@[0-9a-f]{40}(/|$)")
 _WORKERS = 8
 # Between the end of a download and its use another process may make room by removing it.
 _TRIES = 5
+# Objects whose size the manifest does not state, and what they may have at most.
+_UNLISTED = {layout.VOCABULARY_FILE: layout.VOCABULARY_LIMIT, layout.CARD_FILE: layout.JSON_LIMIT}
 # Leases of directories that commands work on: they are in use until the process ends.
 _for_good: list[Lease] = []
 
@@ -49,7 +54,8 @@ def open_cache(url_or_directory: str | Path, *, keep: int = 8, progress: Progres
     Raises:
         TransferError: the URL cannot be read, or its cache does not arrive as promised.
         IncompleteCacheError: a directory without manifest or with missing shards, all named.
-        CorruptCacheError: plan or manifest are not what they should be.
+        CorruptCacheError: plan or manifest are not what they should be. A stored shard that has been damaged since is
+            fetched again once as it is read; this is raised if it is not to be had.
         CacheError: not a cache directory, or one that does not fit into the store.
     """
     location = parse_location(url_or_directory)
@@ -62,6 +68,7 @@ def open_cache(url_or_directory: str | Path, *, keep: int = 8, progress: Progres
         lease.release()
         raise
     weakref.finalize(cache, lease.release)
+    cache.mend = Mender(location, directory, cache.manifest)
     return cache
 
 
@@ -80,6 +87,28 @@ def local_directory(
     directory, lease = _stored(location, progress or Silent(), retry)
     _for_good.append(lease)
     return directory
+
+
+@dataclass(frozen=True)
+class Mender:
+    """Fetches a shard of a stored cache again. It holds no connection, so a cache takes it along into other processes."""
+
+    location: Location
+    directory: Path
+    manifest: Manifest
+
+    def __call__(self, index: int) -> None:
+        """Put the shard that the manifest promises in place of the one that lies there.
+
+        Raises:
+            CorruptCacheError: the place does not have it, or cannot be reached.
+            StorageError: this machine's disk refuses.
+        """
+        path = shard_path(self.directory, index)
+        try:
+            fetch_shard(Transfer(Place(self.location)), path, self.manifest.shards[index], index, scratch=path.parent)
+        except TransferError as exc:
+            raise CorruptCacheError(f"{path} is damaged, and a good one is not to be had from its URL: {exc}") from exc
 
 
 def store_limit() -> int:
@@ -119,7 +148,7 @@ def _stored(location: Location, progress: Progress, retry: Retry | None) -> tupl
             ) from exc
         raise
     key = shelf.key(location.url, head.cache_id)
-    size = head.size + sum(max(0, transfer.size(n) or 0) for n in (layout.VOCABULARY_FILE, layout.CARD_FILE))
+    size = head.size + sum(_stated(transfer.size(name), limit) for name, limit in _UNLISTED.items())
     record = Record(url=str(location)[:4096], cache_id=head.cache_id, bytes=size, used=0.0)
     for _ in range(_TRIES):
         lease = _use(shelf, key, record, progress) or _bring(shelf, key, record, transfer, head, progress)
@@ -129,6 +158,11 @@ def _stored(location: Location, progress: Progress, retry: Retry | None) -> tupl
         f"the cache {head.cache_id[:12]} is removed from the store {shelf.home} as often as it is brought there; raise "
         f"{_LIMIT}, or kdcache pull it into a directory"
     )
+
+
+def _stated(size: int | None, limit: int) -> int:
+    """Bytes to reckon with for an object of which only the other side says how large it is; more never arrive."""
+    return 0 if size is None else size if 0 <= size <= limit else limit
 
 
 def _use(shelf: Shelf, key: str, record: Record, progress: Progress) -> Lease | None:
@@ -156,6 +190,7 @@ def _bring(shelf: Shelf, key: str, record: Record, transfer: Transfer, head: Hea
         directory = shelf.directory(key)
         if not _is_whole(directory, record.cache_id):
             shelf.admit(key, record)
+            _clear_damage(directory, head)
             pull_into(directory, transfer, head, workers=_WORKERS)
         lease.share()
         if _is_whole(directory, record.cache_id):
@@ -167,11 +202,28 @@ def _bring(shelf: Shelf, key: str, record: Record, transfer: Transfer, head: Hea
     return None
 
 
+def _clear_damage(directory: Path, head: Head) -> None:
+    """Plan and manifest of a stored copy that are not this cache's have rotted: nobody else writes there."""
+    plan, manifest = directory / layout.PLAN_FILE, directory / layout.MANIFEST_FILE
+    if manifest.exists() and _digest(manifest) != head.cache_id:
+        manifest.unlink()
+    if plan.exists() and _digest(plan) != hashlib.sha256(head.plan_bytes).hexdigest():
+        write_file(plan, head.plan_bytes)
+
+
 def _is_whole(directory: Path, cache_id: str) -> bool:
-    """Whether every file is there; their bytes are checked when they are read, as in any cache."""
+    """Whether every file is there, the small ones unharmed; shards are checked when they are read, as in any cache."""
     manifest = directory / layout.MANIFEST_FILE
-    if not manifest.exists() or not (directory / layout.VOCABULARY_FILE).exists():
+    try:
+        if not manifest.exists() or _digest(manifest) != cache_id:
+            return False
+        plan = read_plan(directory)
+        parse_manifest(read_file(manifest, limit=layout.JSON_LIMIT), plan)
+        read_vocabulary(directory, plan)
+    except CacheError:
         return False
-    if hashlib.sha256(read_file(manifest, limit=layout.JSON_LIMIT)).hexdigest() != cache_id:
-        return False
-    return not missing_shards(directory, read_plan(directory))
+    return not missing_shards(directory, plan)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(read_file(path, limit=layout.JSON_LIMIT)).hexdigest()

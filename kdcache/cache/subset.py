@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.codec import CachedSequence, ShardContent, sequence_digest
-from kdcache.cache.derive import DerivedCache, cut_shards, joined, noted, write_derived
+from kdcache.cache.derive import DerivedCache, cut_shards, joined, noted, refuse_too_many, write_derived
 from kdcache.cache.manifest import Derivation, Plan, SplitPlan
 from kdcache.cache.reader import Cache, Split
 from kdcache.cache.rows import Floats, SparseRows
@@ -51,7 +51,7 @@ def subset(
 
     Splits keep the parent's order. Where the parent selects positions and its first split is left out, the rest is a cache
     of all positions, as it was. Counts of examples and of what was dropped on the way from the data set stay the
-    parent's, and what is cut or dropped here comes on top.
+    parent's; what is dropped here comes on top. Sequences cut are the parent's or those cut here, whichever are more.
 
     Args:
         cache: the parent.
@@ -220,14 +220,14 @@ def _read_split(parent: Split, span: range, max_length: int | None, progress: Pr
 def _plan(
     cache: Cache, chosen: list[_Chosen], selection: SelectionPlan, max_length: int | None, settings: dict[str, str]
 ) -> Plan:
-    limit = max(s.positions for s in cache.plan.shards)
+    parents = cache.plan.shards
+    limits = {"tokens_limit": max(s.tokens for s in parents), "positions_limit": max(s.positions for s in parents)}
     shards = [
         shard
         for number, part in enumerate(chosen)
-        for shard in cut_shards(
-            number, zip(part.tokens.tolist(), part.positions.tolist(), strict=True), positions_limit=limit
-        )
+        for shard in cut_shards(number, zip(part.tokens.tolist(), part.positions.tolist(), strict=True), **limits)
     ]
+    refuse_too_many(shards)
     longest = cache.plan.data.max_length if max_length is None else min(max_length, cache.plan.data.max_length)
     changes = {
         "data": cache.plan.data.model_copy(update={"max_length": longest, "splits": tuple(c.plan for c in chosen)}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -233,6 +234,22 @@ def match(path: Path, *, size: int, sha256: str) -> None:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != sha256:
         raise CorruptCacheError(f"expected SHA-256 {sha256[:12]}…, found {digest[:12]}…")
+
+
+def refuse_full_disk(directory: Path, wanted: int) -> None:
+    """See that ``wanted`` more bytes fit onto the disk of a directory, which need not be there yet.
+
+    Raises:
+        StorageError: they do not.
+    """
+    existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    with _on_disk(existing):
+        free = shutil.disk_usage(existing).free
+    if wanted > free:
+        raise StorageError(
+            f"{wanted:,} more bytes are to come into {directory}, its disk has {free:,} left; free some space, or take a "
+            "directory on another disk (for what is opened by URL, by KDCACHE_HOME)"
+        )
 
 
 @contextmanager

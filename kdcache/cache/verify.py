@@ -7,7 +7,6 @@ the interpreter); what is held at any time is one shard per thread.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 from collections import deque
@@ -17,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.cache import layout
-from kdcache.cache.codec import ShardContent, sequence_digests
-from kdcache.cache.manifest import Manifest, Plan, SplitSummary, parse_manifest
+from kdcache.cache.codec import ShardContent
+from kdcache.cache.manifest import Manifest, Plan, parse_manifest
 from kdcache.cache.reader import Cache, decode_shard, read_plan, read_vocabulary, shard_path
 from kdcache.cache.shard import read_file
-from kdcache.cache.statistics import RowStatistics, summarise
+from kdcache.cache.statistics import RowStatistics, SplitTotals, same_totals
 from kdcache.errors import IncompleteCacheError, KdcacheError
 
 # A decoded shard takes some hundred bytes a position, and every thread holds one.
@@ -101,18 +100,18 @@ def examine(
     except KdcacheError as exc:
         findings.append(Finding(layout.MANIFEST_FILE, str(exc)))
     cache = None if manifest is None else Cache(directory, plan, manifest, cache_id or "", keep=1)
-    parts: dict[int, _Checked] = {}
-    total = 0
+    splits, good, total = _Splits(plan), 0, 0
     for index, size, checked in _checked_shards(directory, plan, cache, _thread_count(threads)):
         if isinstance(checked, str):
             findings.append(Finding(f"{layout.SHARD_DIRECTORY}/{layout.shard_name(index)}", checked))
         else:
-            parts[index] = checked
+            splits.add(index, checked)
+            good += 1
         total += size
         if on_shard is not None:
             on_shard(size)
-    if len(parts) == len(plan.shards):
-        findings += _of_splits(plan, manifest, parts)
+    if good == len(plan.shards):
+        findings += splits.findings(manifest)
     return Verification(
         cache_id, plan.digest, findings, _notes(directory, plan), len(plan.shards), total, time.monotonic() - started
     )
@@ -167,7 +166,7 @@ def _check(directory: Path, plan: Plan, cache: Cache | None, index: int) -> tupl
         content = _content(path, plan, cache, index)
     except KdcacheError as exc:
         return size, str(exc)
-    return size, _Checked(RowStatistics.of(content.rows), sequence_digests(content).tobytes())
+    return size, _Checked(RowStatistics.of(content.rows), content.digests.tobytes())
 
 
 def _content(path: Path, plan: Plan, cache: Cache | None, index: int) -> ShardContent:
@@ -177,34 +176,33 @@ def _content(path: Path, plan: Plan, cache: Cache | None, index: int) -> ShardCo
     return decode_shard(path, read_file(path, limit=layout.SHARD_LIMIT), plan, index)[0]
 
 
-def _of_splits(plan: Plan, manifest: Manifest | None, parts: dict[int, _Checked]) -> list[Finding]:
-    findings = []
-    for number, split in enumerate(plan.data.splits):
-        own = [parts[i] for i, s in enumerate(plan.shards) if s.split == number]
-        if manifest is not None and not _same_totals(
-            summarise(split, [p.statistics for p in own]), manifest.splits[number]
-        ):
-            findings.append(
-                Finding(layout.MANIFEST_FILE, f"the totals of split {split.name} are not those of its shards")
-            )
-        if hashlib.sha256(b"".join(p.digests for p in own)).hexdigest() != split.fingerprint:
-            findings.append(
-                Finding(layout.PLAN_FILE, f"split {split.name} holds other sequences than its fingerprint says")
-            )
-    return findings
+class _Splits:
+    """Totals and digests of every split, added up as the shards come: memory does not grow with them."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._totals = [SplitTotals(len(plan.selection.temperatures)) for _ in plan.data.splits]
+        self._digests = [hashlib.sha256() for _ in plan.data.splits]
 
-def _same_totals(found: SplitSummary, stated: SplitSummary) -> bool:
-    """Equal counts, and sums equal up to what another processor's exponentials may differ by."""
-    if any(
-        getattr(found, field) != getattr(stated, field) for field in ("name", "entries", "positions", "kept_positions")
-    ):
-        return False
-    pairs = [(found.teacher_nll, stated.teacher_nll), *zip(found.kept_mass_mean, stated.kept_mass_mean, strict=True)]
-    pairs += [(a + 1.0, b + 1.0) for a, b in zip(found.kept_mass_p1, stated.kept_mass_p1, strict=True)]
-    return all(
-        math.isclose(a, b, rel_tol=1e-3 if i > len(found.kept_mass_mean) else 1e-6) for i, (a, b) in enumerate(pairs)
-    )
+    def add(self, index: int, checked: _Checked) -> None:
+        """Add a good shard; shards come in order."""
+        split = self._plan.shards[index].split
+        self._totals[split].add(checked.statistics)
+        self._digests[split].update(checked.digests)
+
+    def findings(self, manifest: Manifest | None) -> list[Finding]:
+        """What is wrong with the whole, where every shard is good."""
+        found = []
+        for number, split in enumerate(self._plan.data.splits):
+            if manifest is not None and not same_totals(self._totals[number].summary(split), manifest.splits[number]):
+                found.append(
+                    Finding(layout.MANIFEST_FILE, f"the totals of split {split.name} are not those of its shards")
+                )
+            if self._digests[number].hexdigest() != split.fingerprint:
+                found.append(
+                    Finding(layout.PLAN_FILE, f"split {split.name} holds other sequences than its fingerprint says")
+                )
+        return found
 
 
 def _notes(directory: Path, plan: Plan) -> list[Finding]:

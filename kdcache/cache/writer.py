@@ -26,7 +26,7 @@ from kdcache.cache.files import (
 from kdcache.cache.manifest import Manifest, Plan, ShardEntry, parse_manifest
 from kdcache.cache.reader import decode_shard, missing_shards, read_plan, read_vocabulary, shard_path
 from kdcache.cache.shard import ShardRecord, compress, frame_size, pack, read_file, read_stated, unpacked_limit
-from kdcache.cache.statistics import RowStatistics, summarise
+from kdcache.cache.statistics import RowStatistics, SplitTotals, same_totals
 from kdcache.cache.strict_json import canonical
 from kdcache.errors import CacheError, CorruptCacheError, PlanMismatchError, StorageError
 
@@ -118,7 +118,7 @@ class CacheWriter:
         if raw > unpacked_limit(data):
             raise CacheError(
                 f"shard {index} packs {raw:,} bytes into {len(data):,}, and a reader unpacks no more than "
-                f"{unpacked_limit(data):,} of that; lower the recipe key cache.positions_per_shard"
+                f"{unpacked_limit(data):,} of that; lower the recipe key cache.positions_per_shard, in another directory"
             )
         # What was just packed is read back as a stranger would, so that no shard is ever committed
         # that a reader refuses.
@@ -155,12 +155,10 @@ class CacheWriter:
             )
         refuse_other_plan(self.directory, self.plan)
         entries = [self._committed[i] for i in range(len(self.plan.shards))]
-        summaries = tuple(
-            summarise(
-                split, [e.statistics for e, s in zip(entries, self.plan.shards, strict=True) if s.split == number]
-            )
-            for number, split in enumerate(self.plan.data.splits)
-        )
+        totals = [SplitTotals(len(self.plan.selection.temperatures)) for _ in self.plan.data.splits]
+        for committed, shard in zip(entries, self.plan.shards, strict=True):
+            totals[shard.split].add(committed.statistics)
+        summaries = tuple(t.summary(split) for t, split in zip(totals, self.plan.data.splits, strict=True))
         manifest = Manifest(
             format=layout.FORMAT,
             version=layout.VERSION,
@@ -171,7 +169,10 @@ class CacheWriter:
         card = self.directory / layout.CARD_FILE
         if not card.exists():  # people add licence and notes to it
             create_file(card, data_card(self.plan, manifest).encode())
-        if self._manifest() != manifest:
+        there = self._manifest()
+        if there is not None and _agree(there, manifest):
+            manifest = there  # another processor's last digits are no reason to give the cache another id
+        else:
             self._sync()
             write_file(self.directory / layout.MANIFEST_FILE, manifest.to_bytes())
         self._clear()
@@ -192,11 +193,13 @@ class CacheWriter:
         return manifest
 
     def _manifest(self) -> Manifest | None:
-        """The manifest that is there and belongs to the plan."""
+        """The manifest that is there, belongs to the plan and is spelled as a writer spells it."""
         try:
-            return parse_manifest(read_file(self.directory / layout.MANIFEST_FILE, limit=layout.JSON_LIMIT), self.plan)
+            data = read_file(self.directory / layout.MANIFEST_FILE, limit=layout.JSON_LIMIT)
+            manifest = parse_manifest(data, self.plan)
         except CorruptCacheError:
             return None
+        return manifest if manifest.to_bytes() == data else None
 
     def _sync(self) -> None:
         """What killed processes committed may not be durable yet; the manifest is not to be there before it."""
@@ -240,6 +243,11 @@ class CacheWriter:
             entries=content.rows.entries,
         )
         self._committed[index] = _Committed(state, entry, RowStatistics.of(content.rows))
+
+
+def _agree(a: Manifest, b: Manifest) -> bool:
+    """The same shards, and the same totals up to another processor's rounding."""
+    return a.shards == b.shards and all(same_totals(x, y) for x, y in zip(a.splits, b.splits, strict=True))
 
 
 def refuse_other_plan(directory: Path, plan: Plan) -> None:

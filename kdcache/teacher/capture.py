@@ -122,7 +122,9 @@ def _make_share(recipe: Recipe, worker: Worker, progress: Progress) -> _Made:
     for complaint in complaints:
         progress.warning(f"{complaint}; it is made again now")
     if worker.count > 1:
-        progress.message(f"{worker} makes {len(own)} of {len(planned.plan.shards)} shards")
+        progress.message(
+            f"{worker} makes {len(own)} of {len(planned.plan.shards)} shards; --worker 0/1 makes all of them in one process"
+        )
     if len(todo) < len(own):
         progress.message(f"{len(own) - len(todo)} of {len(own)} shards are there already")
     positions = sum(planned.plan.shards[i].positions for i in todo)

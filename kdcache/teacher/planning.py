@@ -203,11 +203,11 @@ def _split_plan(name: str, source: SourceSection, shown: str, tokenised: TokenRo
 
 
 def _cut(split: int, rows: Sequence[TokenRow], positions_per_shard: int) -> list[ShardPlan]:
-    """Consecutive sequences; a shard is closed once it holds ``positions_per_shard``."""
+    """Consecutive sequences; a shard is closed once it holds ``positions_per_shard``, or as many tokens as any may."""
     shards, start, tokens, positions = [], 0, 0, 0
     for index, row in enumerate(rows):
         tokens, positions = tokens + len(row.ids), positions + row.positions
-        if positions >= positions_per_shard or index == len(rows) - 1:
+        if positions >= positions_per_shard or tokens >= layout.TOKENS_PER_SHARD or index == len(rows) - 1:
             shards.append(
                 ShardPlan(split=split, start=start, sequences=index + 1 - start, tokens=tokens, positions=positions)
             )

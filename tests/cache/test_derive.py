@@ -275,11 +275,13 @@ def test_a_subset_of_a_subset_names_its_own_parent(tmp_path):
 
 def test_shards_stay_within_the_limit_and_tile():
     sizes = [(9, 4), (9, 4), (5, 2), (30, 12), (2, 1), (2, 1)]
-    shards = cut_shards(1, sizes, positions_limit=8)
+    shards = cut_shards(1, sizes, tokens_limit=100, positions_limit=8)
     assert [(s.start, s.sequences, s.tokens, s.positions) for s in shards] == [
         (0, 2, 18, 8), (2, 1, 5, 2), (3, 1, 30, 12), (4, 2, 4, 2),
     ]  # fmt: skip
     assert {s.split for s in shards} == {1}
+    by_tokens = cut_shards(1, sizes, tokens_limit=18, positions_limit=100)
+    assert [(s.start, s.sequences, s.tokens) for s in by_tokens] == [(0, 2, 18), (2, 1, 5), (3, 1, 30), (4, 2, 4)]
 
 
 @pytest.mark.parametrize(("method", "values"), METHODS)

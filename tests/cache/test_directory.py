@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdcache.cache import layout
-from kdcache.cache.manifest import parse_plan
+from kdcache.cache.manifest import parse_manifest, parse_plan
 from kdcache.cache.reader import open_cache, shard_path
 from kdcache.cache.strict_json import parse_object
 from kdcache.cache.verify import verify
@@ -123,6 +123,28 @@ def test_any_order_any_process_and_any_resume_end_in_the_same_bytes(tmp_path, ca
     assert files(tmp_path / "a") == files(cache)
     CacheWriter(cache, PLAN, TOKENS).finalise()
     assert files(tmp_path / "a") == files(cache)
+
+
+def test_the_last_digits_of_another_processor_give_no_other_cache_id(cache):
+    path = cache / layout.MANIFEST_FILE
+    manifest = parse_manifest(path.read_bytes(), PLAN)
+    moved = manifest.splits[0].model_copy(update={"teacher_nll": manifest.splits[0].teacher_nll + 1e-6})
+    there = manifest.model_copy(update={"splits": (moved, *manifest.splits[1:])}).to_bytes()
+    path.write_bytes(there)
+    assert CacheWriter(cache, PLAN, TOKENS).finalise().cache_id == open_cache(cache).id
+    assert path.read_bytes() == there
+    wrong = moved.model_copy(update={"teacher_nll": moved.teacher_nll + 1.0})
+    path.write_bytes(manifest.model_copy(update={"splits": (wrong, *manifest.splits[1:])}).to_bytes())
+    assert CacheWriter(cache, PLAN, TOKENS).finalise() == manifest
+
+
+@pytest.mark.parametrize("field", ["bytes", "raw_bytes"])
+def test_a_manifest_that_promises_too_large_a_shard_is_refused(cache, field):
+    manifest = json.loads((cache / layout.MANIFEST_FILE).read_text())
+    manifest["shards"][1][field] = layout.SHARD_LIMIT + 1
+    (cache / layout.MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(CorruptCacheError, match="shard 1 should have at most"):
+        open_cache(cache)
 
 
 def test_a_broken_shard_is_named_and_made_again(cache):

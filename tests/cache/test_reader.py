@@ -68,6 +68,23 @@ def test_a_file_that_changed_is_verified_again(cache, hashed):
         opened.load(0)
 
 
+def test_a_damaged_shard_is_mended_once_where_somebody_can(cache):
+    whole = shard_path(cache, 1).read_bytes()
+    opened, asked = open_cache(cache), []
+
+    def mend(index):
+        asked.append(index)
+        shard_path(cache, index).write_bytes(whole)
+
+    shard_path(cache, 1).write_bytes(whole[:-1])
+    opened.mend = mend
+    assert np.array_equal(opened.shard(1).token_ids, CONTENTS[1].token_ids)
+    shard_path(cache, 1).write_bytes(whole[:-1])
+    with pytest.raises(CorruptCacheError, match="00001"):
+        opened.load(1)
+    assert asked == [1]
+
+
 def test_what_is_decoded_again_is_the_same(cache):
     opened = open_cache(cache)
     first, again = opened.load(2), opened.load(2)
