@@ -55,7 +55,13 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "errors", "views", "__version__"]
+
+
 def __getattr__(name: str) -> Any:
+    if name in ("errors", "views"):
+        return import_module(f"kdcache.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import logging
 import os
 import signal
@@ -30,6 +33,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Threads that spin while they wait halve the speed of a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows fewer letters shows question marks for the others.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # A cluster that takes the machine back says so with SIGTERM: as good a reason to end cleanly as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -46,6 +53,15 @@ def main() -> None:
         )
     except typer.Abort:
         _fail("stopped", _INTERRUPTED)
+    except OSError as exc:
+        # Ours are translated where they arise; what is left is an output that cannot be written.
+        if exc.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            raise
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        if exc.errno == errno.EPIPE:  # who read it has read enough
+            sys.exit(0)
+        _fail(f"error: cannot write the output: {exc.strerror}", 2)
     except Exception as exc:
         if type(exc).__name__ == "NoArgsIsHelpError":
             say(str(exc))
@@ -59,6 +75,7 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    sys.stdout.flush()
+    if not sys.stdout.closed:
+        sys.stdout.flush()
     print(printable(" ".join(line.split())), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -10,7 +10,7 @@ from kdcache.cache.codec import ShardContent, decode
 from kdcache.cache.manifest import Plan, parse_plan
 from kdcache.cache.shard import ShardRecord, decompress, read_file, unpack
 from kdcache.cache.strict_json import parse
-from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.errors import CacheError, CorruptCacheError, StorageError
 
 
 def read_plan(directory: Path) -> Plan:
@@ -20,9 +20,17 @@ def read_plan(directory: Path) -> Plan:
         CacheError: the directory or its plan does not exist.
     """
     path = directory / layout.PLAN_FILE
-    if not path.exists():
+    try:
+        there, folder = path.exists(), directory.is_dir()
+    except OSError as exc:
+        raise StorageError(f"cannot look into {directory}: {exc.strerror or exc}; get access to it") from exc
+    if not there:
+        if not folder:
+            what = "is a file; give the directory that it lies in" if directory.is_file() else "does not exist"
+            raise CacheError(f"{directory} is not a cache, it {what}")
         raise CacheError(
-            f"{directory} is not a cache (it has no {layout.PLAN_FILE}); make one with kdcache teacher-cache"
+            f"{directory} is not a cache (it has no {layout.PLAN_FILE}); make one with kdcache teacher-cache, or, where only "
+            "the plan is lost, mend it with kdcache repair --from another copy"
         )
     return parse_plan(read_file(path, limit=layout.JSON_LIMIT))
 

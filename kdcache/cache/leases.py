@@ -145,7 +145,7 @@ class Shelf:
             for name in sorted(others, key=lambda k: others[k].used):
                 if excess <= 0:
                     break
-                if (lease := self._idle(name)) is not None:
+                if (lease := self.idle(name)) is not None:
                     held.callback(lease.release)
                     leaving.append(name)
                     excess -= others[name].bytes
@@ -161,7 +161,7 @@ class Shelf:
             "KDCACHE_STORE_LIMIT, or kdcache pull it into a directory"
         )
 
-    def _idle(self, key: str) -> Lease | None:
+    def idle(self, key: str) -> Lease | None:
         """The exclusive lock of a stored cache that nobody uses; none of what the store did not make itself."""
         if self.directory(key).is_symlink():
             return None

@@ -13,7 +13,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -44,7 +44,7 @@ __all__ = [
 _NAMED = 8
 
 
-class Cache:
+class Cache(Mapping[str, "Split"]):
     """A complete cache directory, as a mapping of split names to splits: ``cache["train"][0]``. Use `open_cache`."""
 
     def __init__(self, directory: Path, plan: Plan, manifest: Manifest, cache_id: str, keep: int) -> None:
@@ -90,6 +90,13 @@ class Cache:
         """The named splits, in the plan's order."""
         return {s.name: self.split(s.name) for s in self.plan.data.splits}
 
+    # A cache is itself and no other, and not the sum of its splits.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    def __repr__(self) -> str:
+        return f"<Cache {self.id[:12]} at {self.directory}: {', '.join(map(repr, self.splits.values()))}>"
+
     def __len__(self) -> int:
         return len(self.plan.data.splits)
 
@@ -98,7 +105,7 @@ class Cache:
 
     def __getitem__(self, name: str) -> Split:
         if self.plan.split_index(name) is None:
-            raise KeyError(name)
+            raise KeyError(f"{name!r}, the splits are {', '.join(self)}")
         return self.split(name)
 
     def split(self, name: str) -> Split:
@@ -200,6 +207,9 @@ class Split:
         self.starts = [0, *accumulate(sizes)]
         self.summary: SplitSummary = cache.manifest.splits[number]
 
+    def __repr__(self) -> str:
+        return f"<Split {self.name}: {len(self):,} sequences, {self.summary.positions:,} positions>"
+
     def __len__(self) -> int:
         return self.starts[-1]
 
@@ -256,7 +266,8 @@ def open_cache(directory: str | Path, *, keep: int = 8) -> Cache:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         what = f"{len(missing)} of {len(plan.shards)} shards are missing: {named}{more}" if missing else "no manifest"
         raise IncompleteCacheError(
-            f"the cache {directory} is incomplete ({what}); run kdcache teacher-cache again, it goes on where it stopped"
+            f"the cache {directory} is incomplete ({what}); the command that makes or brings it goes on where it stopped, and "
+            "kdcache repair mends what was lost"
         )
     data = read_file(manifest_path, limit=layout.JSON_LIMIT)
     manifest = parse_manifest(data, plan)

@@ -71,13 +71,7 @@ def repair(
     found = _examined(directory, plan, progress)
     before, refused = found.findings, []
     if fetch is not None:
-        manifest = _manifest(directory, plan)
-        theirs = _fetched_manifest(directory, plan, _files(found), fetch, refused) if manifest is None else None
-        names = _files(found)
-        refused += _fetch_all(directory, plan, manifest or (theirs and theirs[0]), names, fetch, fetched, progress)
-        if theirs is not None and _has_shards_of(directory, theirs[0]):
-            write_file(directory / layout.MANIFEST_FILE, theirs[1])
-            fetched.append(layout.MANIFEST_FILE)
+        refused = _fetch_all(directory, plan, _files(found), fetch, fetched, progress)
         if fetched:
             found = _examined(directory, plan, progress)
     if make is not None and found.findings:
@@ -160,45 +154,45 @@ def _manifest(directory: Path, plan: Plan) -> Manifest | None:
         return None
 
 
-def _fetched_manifest(
-    directory: Path, plan: Plan, damaged: list[str], fetch: Fetch, refused: list[Finding]
-) -> tuple[Manifest, bytes] | None:
-    """The copy's manifest where ours is lost, so that the cache keeps its id; not if good shards here are others."""
-    try:
-        data = fetch(layout.MANIFEST_FILE, layout.JSON_LIMIT)
-        manifest = parse_manifest(data, plan)
-        for index, entry in enumerate(manifest.shards):
-            path = shard_path(directory, index)
-            if f"{layout.SHARD_DIRECTORY}/{path.name}" not in damaged and _sha256(path) != entry.sha256:
-                raise CorruptCacheError(f"it is of another cache: {path.name} is good here and has another SHA-256 there")
-    except KdcacheError as exc:
-        refused.append(Finding(layout.MANIFEST_FILE, str(exc)))
-        return None
-    return manifest, data
-
-
-def _has_shards_of(directory: Path, manifest: Manifest) -> bool:
-    """Whether every shard that a manifest promises is here; only then is it written."""
-    try:
-        return all(_sha256(shard_path(directory, i)) == entry.sha256 for i, entry in enumerate(manifest.shards))
-    except KdcacheError:
-        return False
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(read_file(path, limit=layout.SHARD_LIMIT)).hexdigest()
-
-
 def _fetch_all(
-    directory: Path,
-    plan: Plan,
-    manifest: Manifest | None,
-    names: list[str],
-    fetch: Fetch,
-    fetched: list[str],
-    progress: Progress,
+    directory: Path, plan: Plan, damaged: list[str], fetch: Fetch, fetched: list[str], progress: Progress
 ) -> list[Finding]:
-    """Replace damaged files by those of the copy that pass, shards held against the manifest; returns the others."""
+    """Replace damaged files by those of the copy that pass; returns the others.
+
+    A lost manifest is the copy's, if the good shards here are its own, so that the cache keeps its id. It is what the other
+    shards are held against, and is written once they are all here.
+    """
+    refused = []
+    manifest, theirs = _manifest(directory, plan), b""
+    if manifest is None:
+        try:
+            theirs = fetch(layout.MANIFEST_FILE, layout.JSON_LIMIT)
+            manifest = _agreeing(directory, plan, theirs, damaged)
+        except KdcacheError as exc:
+            refused.append(Finding(layout.MANIFEST_FILE, str(exc)))
+    shards = _fetch_files(directory, plan, manifest, damaged, fetch, fetched, progress)
+    if theirs and manifest is not None and not any(f.file.startswith(layout.SHARD_DIRECTORY) for f in shards):
+        write_file(directory / layout.MANIFEST_FILE, theirs)
+        fetched.append(layout.MANIFEST_FILE)
+    return refused + shards
+
+
+def _agreeing(directory: Path, plan: Plan, data: bytes, damaged: list[str]) -> Manifest:
+    """The copy's manifest, if it is of this plan and of the shards here that are not damaged."""
+    manifest = parse_manifest(data, plan)
+    for index, entry in enumerate(manifest.shards):
+        path = shard_path(directory, index)
+        if f"{layout.SHARD_DIRECTORY}/{path.name}" in damaged:
+            continue
+        if hashlib.sha256(read_file(path, limit=layout.SHARD_LIMIT)).hexdigest() != entry.sha256:
+            raise CorruptCacheError(f"{path} is a good shard and not the one of the copy's manifest")
+    return manifest
+
+
+def _fetch_files(
+    directory: Path, plan: Plan, manifest: Manifest | None, names: list[str], fetch: Fetch, fetched: list[str],
+    progress: Progress,
+) -> list[Finding]:  # fmt: skip
     refused = []
     wanted = {f"{layout.SHARD_DIRECTORY}/{layout.shard_name(i)}": i for i in range(len(plan.shards))}
     names = [name for name in names if name == layout.VOCABULARY_FILE or name in wanted]

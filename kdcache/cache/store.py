@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,7 @@ _COMMIT = re.compile(r"@[0-9a-f]{40}(/|$)")
 _WORKERS = 8
 # Between the end of a download and its use another process may make room by removing it.
 _TRIES = 5
+_PAUSE = (0.02, 0.3)
 # Objects whose size the manifest does not state, and what they may have at most.
 _UNLISTED = {layout.VOCABULARY_FILE: layout.VOCABULARY_LIMIT, layout.CARD_FILE: layout.JSON_LIMIT}
 # Leases of directories that commands work on: they are in use until the process ends.
@@ -155,8 +158,8 @@ def _stored(location: Location, progress: Progress, retry: Retry | None) -> tupl
         if lease is not None:
             return shelf.directory(key), lease
     raise CacheError(
-        f"the cache {head.cache_id[:12]} is removed from the store {shelf.home} as often as it is brought there; raise "
-        f"{_LIMIT}, or kdcache pull it into a directory"
+        f"{shelf.directory(key)}, where the store has the cache {head.cache_id[:12]}, is removed as often as it is brought "
+        f"there, or damaged while it is in use; end what has it open, raise {_LIMIT}, or kdcache pull it into a directory"
     )
 
 
@@ -167,8 +170,6 @@ def _stated(size: int | None, limit: int) -> int:
 
 def _use(shelf: Shelf, key: str, record: Record, progress: Progress) -> Lease | None:
     """A shared lock on a stored cache, if it is whole."""
-    if not shelf.directory(key).exists():
-        return None
     lease = shelf.lease(
         key,
         exclusive=False,
@@ -182,10 +183,13 @@ def _use(shelf: Shelf, key: str, record: Record, progress: Progress) -> Lease | 
 
 
 def _bring(shelf: Shelf, key: str, record: Record, transfer: Transfer, head: Head, progress: Progress) -> Lease | None:
-    """Bring a cache into the store; None where it was removed again before it could be used."""
-    lease = shelf.lease(
-        key, exclusive=True, on_wait=lambda: progress.message("waiting for the store: this cache is in use")
-    )
+    """Bring a cache into the store; None where it was removed again before it could be used, or cannot be mended now."""
+    lease = shelf.idle(key)
+    if lease is None:
+        # Somebody is bringing it and is waited for; or it is in use, maybe in this process, which would wait for itself.
+        if (lease := _use(shelf, key, record, progress)) is None:
+            time.sleep(random.uniform(*_PAUSE))  # so that processes that look at the same time get out of step
+        return lease
     try:
         directory = shelf.directory(key)
         if not _is_whole(directory, record.cache_id):
@@ -204,10 +208,15 @@ def _bring(shelf: Shelf, key: str, record: Record, transfer: Transfer, head: Hea
 
 def _clear_damage(directory: Path, head: Head) -> None:
     """Plan and manifest of a stored copy that are not this cache's have rotted: nobody else writes there."""
+    if not directory.exists():
+        return
     plan, manifest = directory / layout.PLAN_FILE, directory / layout.MANIFEST_FILE
-    if manifest.exists() and _digest(manifest) != head.cache_id:
-        manifest.unlink()
-    if plan.exists() and _digest(plan) != hashlib.sha256(head.plan_bytes).hexdigest():
+    if not _holds(manifest, head.cache_id):
+        try:
+            manifest.unlink(missing_ok=True)
+        except OSError as exc:
+            raise StorageError(f"cannot remove the damaged {manifest}: {exc.strerror}") from exc
+    if not _holds(plan, hashlib.sha256(head.plan_bytes).hexdigest()):
         write_file(plan, head.plan_bytes)
 
 
@@ -215,7 +224,7 @@ def _is_whole(directory: Path, cache_id: str) -> bool:
     """Whether every file is there, the small ones unharmed; shards are checked when they are read, as in any cache."""
     manifest = directory / layout.MANIFEST_FILE
     try:
-        if not manifest.exists() or _digest(manifest) != cache_id:
+        if not _holds(manifest, cache_id):
             return False
         plan = read_plan(directory)
         parse_manifest(read_file(manifest, limit=layout.JSON_LIMIT), plan)
@@ -225,5 +234,9 @@ def _is_whole(directory: Path, cache_id: str) -> bool:
     return not missing_shards(directory, plan)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(read_file(path, limit=layout.JSON_LIMIT)).hexdigest()
+def _holds(path: Path, sha256: str) -> bool:
+    """Whether a small file is there and unharmed."""
+    try:
+        return path.exists() and hashlib.sha256(read_file(path, limit=layout.JSON_LIMIT)).hexdigest() == sha256
+    except CacheError:
+        return False

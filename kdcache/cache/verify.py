@@ -121,8 +121,8 @@ def _manifest(directory: Path, plan: Plan) -> tuple[Manifest, str]:
     path = directory / layout.MANIFEST_FILE
     if not os.path.lexists(path):
         raise IncompleteCacheError(
-            "missing: the teacher run that makes this cache has not finished; run kdcache teacher-cache again, it goes "
-            "on where it stopped"
+            "missing: what makes or brings this cache has not finished; the same command goes on where it stopped, and "
+            "kdcache repair writes a lost manifest again"
         )
     data = read_file(path, limit=layout.JSON_LIMIT)
     return parse_manifest(data, plan), hashlib.sha256(data).hexdigest()

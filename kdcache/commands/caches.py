@@ -54,6 +54,10 @@ def inspect(
     from kdcache.cache.store import open_cache
     from kdcache.inspection import Speller, look_at
 
+    if html is not None:
+        _refuse_page(html)
+    if sequence is None and html is None and not (split is None and temperature is None):
+        raise typer.BadParameter("--split and --temperature are for --sequence and --html")
     opened = open_cache(cache, progress=console_progress())
     names = [split] if split is not None else list(opened.splits)
     wanted = [(names[0], sequence)] if sequence is not None else []
@@ -73,6 +77,18 @@ def inspect(
         say(f"page in {html}; it discloses the text that it shows")
 
 
+def _refuse_page(path: Path) -> None:
+    """A page goes where pages go: not over the files of a cache."""
+    from kdcache.cache.layout import PLAN_FILE
+    from kdcache.errors import StorageError
+
+    folder = path.parent
+    if not folder.is_dir() or path.is_dir():
+        raise StorageError(f"--html should name a file in a directory that is there, found {path}")
+    if (folder / PLAN_FILE).exists() or (folder.parent / PLAN_FILE).exists():
+        raise StorageError(f"{folder} belongs to a cache; write the page somewhere else")
+
+
 @app.command()
 def verify(
     cache: CacheArgument,
@@ -82,7 +98,18 @@ def verify(
     ] = 0,
     teacher: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Folder or id of the teacher, where it is not found under its name.", show_default=False),
+        typer.Option(
+            help="Folder or id of the teacher to run again; without it, what the cache gives as its teacher's name is loaded.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0,
+            help="Draw the sequences to run again as an earlier --rescore did; a new seed by default.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -92,6 +119,8 @@ def verify(
     from kdcache.cache.verify import examine
     from kdcache.progress import Silent
 
+    if not rescore and (teacher is not None or seed is not None):
+        raise typer.BadParameter("--teacher and --seed are for --rescore N")
     progress = Silent() if as_json else console_progress()
     directory = local_directory(cache, progress=progress)
     progress.begin("verify", len(read_plan(directory).shards), "shards")
@@ -103,7 +132,7 @@ def verify(
     if rescore and found.whole:
         from kdcache.evaluate.rescore import rescore as run_again
 
-        scored = run_again(directory, sequences=rescore, teacher=teacher, progress=progress)
+        scored = run_again(directory, sequences=rescore, teacher=teacher, seed=seed, progress=progress)
     if as_json:
         say(json.dumps(_record(cache, found, scored), indent=1))
     else:
@@ -146,21 +175,27 @@ def _record(cache: str, found: Verification, scored: Rescore | None) -> dict[str
 
 
 def _show_rescore(scored: Rescore) -> None:
-    from kdcache.evaluate.disagreement import COLUMNS
+    from kdcache.evaluate.disagreement import COLUMNS, FALSE_ALARM, NOT_COMPARED
 
     say(
-        f"{scored.teacher} run again on {scored.sequences:,} sequences, {scored.positions:,} positions. Nats that the cache "
-        "is off by: mean and largest; beyond the format's rounding: 99th percentile and largest; control: the same of the "
-        "teacher with itself in other batches"
+        f"{scored.teacher} run again on {scored.sequences:,} sequences, {scored.positions:,} positions, drawn with --seed "
+        f"{scored.seed}. Nats that the cache is off by: mean and largest; beyond the format's rounding: 99th percentile and "
+        "largest; control: the same of the teacher with itself in other batches"
     )
+    if scored.drawings:
+        say(f"drawn: off what chance gives on average, and beyond what it gives {1 - FALSE_ALARM:.3%} of the time")
     say_table(text_table(COLUMNS, scored.table()))
-    if scored.explained:
-        say("rounding and the teacher's own noise explain what the cache is off by: it is what this teacher says")
-    else:
+    uncompared = scored.draws == NOT_COMPARED
+    if uncompared:
+        say(f"draws {scored.draws}; only whether chance could have made them was looked at")
+    if not scored.explained:
         say(
             "the cache is off by more than rounding and the teacher's own noise explain: it is not what this teacher says, "
             "or was made on a machine that computes otherwise"
         )
+        return
+    verdict = "but for the draws, which were not compared" if uncompared else "it is what this teacher says"
+    say(f"rounding and the teacher's own noise explain what the cache is off by: {verdict}")
 
 
 def _facts(opened: Cache) -> dict[str, str]:

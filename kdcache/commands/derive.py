@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kdcache.progress import Progress
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Cache directory, or the URL of one.", show_default=False)]
+# What `subset` records of itself, beside the splits, and the options that ask for it.
+_OPTIONS = {"k": "--k", "max_length": "--max-length", "sequences": "--sequences"}
 _RANGE = re.compile(r"(-?\d{1,15})?:(-?\d{1,15})?")
 
 
@@ -82,7 +85,7 @@ def merge(
 
 @app.command()
 def repair(
-    cache: Annotated[Path, typer.Argument(help="Cache directory.", show_default=False)],
+    cache: Annotated[str, typer.Argument(help="Cache directory.", show_default=False)],
     source: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--from", help="Another copy of the cache, to fetch damaged files from.", show_default=False),
@@ -93,13 +96,21 @@ def repair(
     ] = None,
 ) -> None:
     """Fetch, make again or rebuild what kdcache verify names; exit 0 when the cache is whole then, 1 when it is not."""
+    from kdcache.cache.remote import parse_location
     from kdcache.cache.repair import repair as mend
     from kdcache.cache.share import fetcher
+    from kdcache.errors import TransferError
 
-    progress = console_progress()
+    location = parse_location(cache)
+    if not location.local:
+        raise TransferError(
+            f"repair mends a directory of this machine, not {location}; kdcache pull {location} DIRECTORY brings what is good "
+            "there, kdcache push DIRECTORY --overwrite sends a repaired cache back"
+        )
+    directory, progress = location.path, console_progress()
     fetch = None if source is None else fetcher(source)
-    make = None if recipe is None else _teacher_run(recipe, cache, progress)
-    done = mend(cache, fetch=fetch, make=make, progress=progress)
+    make = None if recipe is None else _teacher_run(recipe, directory, progress)
+    done = mend(directory, fetch=fetch, make=make, progress=progress)
     left = {f.file for f in done.after.findings}
     for finding in done.refused:
         say(f"{finding.file}: not taken from {source}: {finding.problem}")
@@ -112,7 +123,7 @@ def repair(
         say(f"{finding.file}: {finding.problem}")
     if left:
         count = len(done.after.findings)
-        say(f"{cache} is not whole: {count} finding{'s' if count > 1 else ''}. {_way_out(cache, done)}")
+        say(f"{cache} is not whole: {count} finding{'s' if count > 1 else ''}. {_way_out(directory, done)}")
         raise typer.Exit(1)
     say(f"{cache} is whole: {done.after.shards} shards, {byte_size(done.after.bytes)}, cache id {done.after.cache_id}")
 
@@ -171,7 +182,7 @@ def _way_out(cache: Path, done: Repair) -> str:
     if PLAN_FILE in files:
         return "Its shards are good and are not those that its plan was made for: fetch the whole cache again"
     return (
-        f"kdcache repair {cache} --from COPY fetches these from another copy (a directory or a URL); "
+        f"kdcache repair {quote(str(cache))} --from COPY fetches these from another copy (a directory or a URL); "
         f"{_remake(cache, done.plan)}"
     )
 
@@ -180,9 +191,11 @@ def _remake(cache: Path, plan: Plan) -> str:
     """The command that makes damaged shards again."""
     derived = plan.derived
     if derived is None:
-        return f"kdcache repair {cache} --recipe RECIPE makes them again with the teacher"
-    options = [f"--split {name}" for name in derived.settings.get("splits", "").split(",") if name]
-    options += [f"--{key.replace('_', '-')} {value}" for key, value in derived.settings.items() if key != "splits"]
+        return f"kdcache repair {quote(str(cache))} --recipe RECIPE makes them again with the teacher"
+    # Whoever made the plan wrote the settings, and the command is there to be pasted into a shell.
+    settings = derived.settings
+    options = [f"--split {quote(name)}" for name in settings.get("splits", "").split(",") if name]
+    options += [f"{option} {quote(settings[key])}" for key, option in _OPTIONS.items() if key in settings]
     sources = " ".join(f"CACHE-{parent[:12]}" for parent in derived.parents[:4])
     more = " ..." if len(derived.parents) > 4 else ""
-    return f"{' '.join(['kdcache', derived.operation, sources + more, str(cache), *options])} makes them again"
+    return f"{' '.join(['kdcache', derived.operation, sources + more, quote(str(cache)), *options])} makes them again"

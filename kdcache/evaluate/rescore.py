@@ -1,95 +1,127 @@
 """Is a cache what its teacher says? The teacher is run again on some of its sequences and compared, number by number.
 
 Hashes prove that nobody changed a cache since it was made, not that it was made honestly. A teacher run again never gives
-the same bits: other batches, other kernels. So it is run twice, in batches as the cache was made and one sequence at a
-time, and what the two runs disagree by is the **control**. What the cache and the teacher disagree by, beyond the rounding
-that ``cache_format.md`` states, should be no more than that.
+the same bits: other batches, other kernels. So it is run twice, in the batches of the cache's own shards and in others,
+and what the two runs disagree by is the **control**. What the cache and the teacher disagree by, beyond the rounding that
+``cache_format.md`` states, should be no more than that. The sequences are drawn at random, so that no forger knows which to
+keep honest.
 
-Axes: ``P`` positions, ``H`` head entries, ``M`` tail entries, ``B`` declared temperatures, ``V`` vocabulary.
+Draws can be made again where the plan behind them is known. Those of a cache made from others cannot; whether chance made
+them can be asked of any (`off_chance`).
+
+Axes: ``P`` positions, ``C`` some of them, ``H`` head entries, ``M`` tail entries, ``E`` drawn entries, ``B`` declared
+temperatures, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import random
+import secrets
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.codec import CachedSequence
+from kdcache.cache.codec import CachedSequence, ShardContent
 from kdcache.cache.manifest import Plan
-from kdcache.cache.reader import Cache, Split, open_cache
-from kdcache.cache.rows import SparseRows
+from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.data.tokens import TokenRow
 from kdcache.errors import CacheError, ModelError
-from kdcache.evaluate.disagreement import Disagreement, Measure, Membership, Rescore
+from kdcache.evaluate import disagreement
+from kdcache.evaluate.disagreement import NOT_COMPARED, Place, Rescore, Scored
 from kdcache.models import identify, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.teacher.draws import chance_of
 from kdcache.teacher.forward import LOGIT_BYTES, TeacherForward, length_buckets
 from kdcache.teacher.select import mean_of_rows
 
+# A stranger's plan can ask for batches of any size.
+_BATCH_TOKENS = 1 << 18
+
 Numbers = NDArray[np.float64]
-
-_HALF = 2.0**-11, 2.0**-25
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A sequence as the teacher sees it: its numbers for what the cache holds, and what it would keep itself."""
-
-    label: Numbers
-    head: Numbers
-    tail: Numbers
-    rest: Numbers
-    own: SparseRows
+_Entries = tuple[torch.Tensor, torch.Tensor]
+_Run = tuple[Scored, Scored]
 
 
 def rescore(
-    directory: str | Path, *, sequences: int, teacher: str | None = None, progress: Progress | None = None
+    directory: str | Path,
+    *,
+    sequences: int,
+    teacher: str | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
 ) -> Rescore:
     """Run a cache's teacher again on some of its sequences, twice, and compare.
 
     Args:
         directory: a complete cache.
-        sequences: how many to take, evenly spread over all splits.
+        sequences: how many to take, at random.
         teacher: folder or id of the teacher; None takes the name in the plan.
-        progress: told about long work.
+        seed: behind the choice of sequences; None takes one that nobody could know when the cache was made.
+        progress: told about long work, and which model is loaded.
 
     Raises:
         KdcacheError: no such cache, or the teacher is not found or has another fingerprint.
     """
     progress = progress or Silent()
     cache = open_cache(directory)
-    picked = pick(cache, sequences)
+    plan = cache.plan
+    seed = secrets.randbits(32) if seed is None else seed
+    places = pick(cache, sequences, seed)
+    progress.message(
+        f"loading the teacher {teacher or plan.teacher.name}{'' if teacher else ', the name that the cache gives'}"
+    )
     forward = cached_teacher(cache, teacher)
-    progress.begin("rescore", 2 * len(picked), "sequences")
+    stored: list[CachedSequence] = []
+    runs: list[_Run] = []
+    progress.begin("rescore", len(places), "sequences")
     try:
-        batched = _score(cache.plan, forward, picked, cache.plan.teacher.batch_tokens, progress.advance)
-        alone = _score(cache.plan, forward, picked, 1, progress.advance)
+        for (split, shard), numbers in _by_shard(cache, places).items():
+            content = cache.shard(shard)
+            runs += _score(plan, forward, content, split, numbers, progress.advance)
+            # A copy: a slice would keep its whole shard in memory.
+            stored += [replace(content[i], rows=concatenate([content[i].rows])) for i in numbers]
     finally:
         progress.end()
-    stored = [s for _, s in picked]
+    sides = [first for first, _ in runs], [second for _, second in runs]
+    draws = "none" if not disagreement.draw_questions(plan) else "compared" if plan.derived is None else NOT_COMPARED
     return Rescore(
-        teacher=cache.plan.teacher.name,
-        sequences=len(picked),
+        teacher=plan.teacher.name,
+        seed=seed,
+        sequences=len(places),
         positions=sum(len(s.rows) for s in stored),
-        measures=_measures(cache.plan, stored, batched, alone),
-        members=_members(cache.plan, stored, batched, alone),
+        looked_at=places,
+        draws=draws,
+        measures=disagreement.measures(plan, stored, *sides),
+        members=disagreement.members(plan, stored, *sides),
+        drawings=disagreement.drawings(plan, stored, *sides),
     )
 
 
-def pick(cache: Cache, count: int) -> list[tuple[int, CachedSequence]]:
-    """Evenly spread sequences over all splits, each with the number of its split: the same for the same cache."""
-    splits: list[Split] = list(cache.splits.values())
-    places = [(split, i) for split in splits for i in range(len(split))]
+def pick(cache: Cache, count: int, seed: int) -> list[Place]:
+    """One sequence at random from each of ``count`` equal stretches of all splits, in their order."""
+    places = [Place(name, i) for name, split in cache.splits.items() for i in range(len(split))]
     count = min(count, len(places))
-    chosen = (places[int((i + 0.5) * len(places) / count)] for i in range(count))
-    return [(split.number, split[i]) for split, i in chosen]
+    chance = random.Random(seed)
+    borders = [i * len(places) // count for i in range(count + 1)] if count else [0]
+    return [places[chance.randrange(a, b)] for a, b in pairwise(borders)]
+
+
+def _by_shard(cache: Cache, places: list[Place]) -> dict[tuple[int, int], list[int]]:
+    """Split and number of the shards that hold the places, and their sequences there."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for place in places:
+        split = cache.split(place.split)
+        nth = bisect_right(split.starts, place.index) - 1
+        found.setdefault((split.number, split.shards[nth]), []).append(place.index - split.starts[nth])
+    return found
 
 
 def cached_teacher(cache: Cache, teacher: str | None) -> TeacherForward:
@@ -131,41 +163,65 @@ def cached_teacher(cache: Cache, teacher: str | None) -> TeacherForward:
 def _score(
     plan: Plan,
     forward: TeacherForward,
-    picked: list[tuple[int, CachedSequence]],
-    batch_tokens: int,
-    advance: Callable[[int], None],
-) -> list[_Scored]:
-    rows = [TokenRow(i, s.token_ids, s.targets) for i, (_, s) in enumerate(picked)]
-    scored: dict[int, _Scored] = {}
-    for batch in length_buckets([len(r.ids) for r in rows], batch_tokens):
+    content: ShardContent,
+    split: int,
+    wanted: list[int],
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[_Run]:
+    """The wanted sequences of a shard in the batches that it was made in, and each alone, or not alone where it was."""
+    rows = [TokenRow(i, content[i].token_ids, content[i].targets) for i in range(len(content))]
+    chosen, numbers, thin = chance_of(plan, split)
+
+    def run(batch: list[int], of: list[int]) -> dict[int, Scored]:
         hidden_PD, labels_P = forward.hidden([rows[i] for i in batch])
-        start = 0
-        for i in batch:
-            number, sequence = picked[i]
-            span = slice(start, start + len(sequence.rows))
-            start = span.stop
-            chosen, numbers, thin = chance_of(plan, number)
-            own = forward.rows_of([rows[i]], hidden_PD[span], labels_P[span], chosen, uniforms=numbers, thin=thin)[0]
-            scored[i] = _of_cached_entries(forward, hidden_PD[span], sequence.rows, own)
-        advance(len(batch))
-    return [scored[i] for i in range(len(rows))]
+        starts = np.cumsum([0] + [rows[i].positions for i in batch]).tolist()
+        found = {}
+        for i in of:
+            at = batch.index(i)
+            span = slice(starts[at], starts[at + 1])
+            own = forward.rows_of(
+                [rows[i]], hidden_PD[span], labels_P[span], chosen, uniforms=numbers,
+                thin=None if plan.derived else thin,
+            )[0]  # fmt: skip
+            found[i] = _of_cached_entries(forward, hidden_PD[span], content[i].rows, own)
+        return found
+
+    first: dict[int, Scored] = {}
+    second: dict[int, Scored] = {}
+    lengths = content.lengths.tolist()
+    for bucket in length_buckets(lengths, min(plan.teacher.batch_tokens, _BATCH_TOKENS)):
+        here = [i for i in bucket if i in wanted]
+        if here:
+            first |= run(bucket, here)
+        for i in here:
+            second |= run([i] if len(bucket) > 1 else [i, _companion(lengths, i)], [i])
+        advance(len(here))
+    return [(first[i], second[i]) for i in wanted]
 
 
-def _of_cached_entries(
-    forward: TeacherForward, hidden_PD: torch.Tensor, stored: SparseRows, own: SparseRows
-) -> _Scored:
+def _companion(lengths: list[int], own: int) -> int:
+    """The sequence nearest in length but not as long, so that one of the two is padded; itself where there is no other."""
+    others = (i for i in range(len(lengths)) if i != own)
+    return min(others, key=lambda i: (lengths[i] == lengths[own], abs(lengths[i] - lengths[own]), i), default=own)
+
+
+def _of_cached_entries(forward: TeacherForward, hidden_PD: torch.Tensor, stored: SparseRows, own: SparseRows) -> Scored:
     """The teacher's numbers for the entries that the cache holds, in float64."""
     heads, tails = [np.zeros(0)], [np.zeros(0)]
-    rests = [np.zeros((0, len(stored.design.temperatures)))]
-    chunk = max(1, LOGIT_BYTES // (16 * forward.head.width))
+    declared = len(stored.design.temperatures)
+    rests, drawn = [np.zeros((0, declared))], [np.zeros((0, 2 + declared if stored.design.sampled else 0, 3))]
+    chunk = max(1, LOGIT_BYTES // (64 * forward.head.width))
     for start in range(0, len(stored), chunk):
         part = stored.slice(start, min(start + chunk, len(stored)))
         logits_CV = forward.head.logits(hidden_PD[start : start + chunk]).double()
         logits_CV -= logits_CV.amax(dim=1, keepdim=True)
-        row_H, id_H = _places(part.head, part.head_ids, logits_CV.device)
+        row_H, id_H = head = _places(part.head, part.head_ids, logits_CV.device)
         head_H = logits_CV[row_H, id_H]
         heads.append(head_H.cpu().numpy())
-        tails.append(logits_CV[_places(part.tail, part.tail_ids, logits_CV.device)].cpu().numpy())
+        tail_M = _places(part.tail, part.tail_ids, logits_CV.device)
+        tails.append(logits_CV[tail_M].cpu().numpy())
+        if part.design.sampled:
+            drawn.append(off_chance(logits_CV, part, head, tail_M)[part.kept])
         outside_CV = logits_CV.index_put((row_H, id_H), logits_CV.new_tensor(-torch.inf))
         log_odds = []
         for t in stored.design.temperatures:
@@ -177,83 +233,66 @@ def _of_cached_entries(
     if not stored.design.tail_logits:
         tail = mean_of_rows(tail, stored.tail)
     rest = np.concatenate(rests)[stored.kept]
-    return _Scored(own.label_log_prob.astype(np.float64), np.concatenate(heads), tail, rest.ravel(), own)
+    numbers = np.concatenate(heads), tail, rest.ravel(), np.concatenate(drawn)
+    return Scored(own.label_log_prob.astype(np.float64), *numbers, own)
 
 
-def _places(
-    counts: NDArray[np.int64], ids: NDArray[np.uint32], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def off_chance(logits_CV: torch.Tensor, rows: SparseRows, head: _Entries, tail: _Entries) -> Numbers:
+    """Rows' draws against what chance gives on average by the teacher's own numbers, as `Scored` holds it.
+
+    An entry's place is the share of all chances that belongs to smaller entries (or to lower ids), and half its own: drawn
+    by size, places have mean 1/2 and a variance below 1/12. A row's sum over at most m entries has at most m times the
+    mean sum of their squares as its variance (Cauchy and Schwarz), however they depend on each other.
+
+    Args:
+        logits_CV: float64.
+        rows: those of the cache.
+        head: rows and ids of their head entries.
+        tail: the same of their drawn entries.
+    """
+    design, count = rows.design, len(rows)
+    share_BCV = [torch.softmax(logits_CV / t, dim=1) for t in design.temperatures]
+    outside_BCV = [s.index_put(head, s.new_zeros(())) for s in share_BCV]
+    (row_E, id_E), weight_E = tail, logits_CV.new_ones(len(tail[0]))
+    if rows.head_counts is not None and rows.tail_counts is not None:
+        # Draws with replacement fall on the head too, and are independent of each other.
+        chance_CV, slots_C = share_BCV[0] * design.draws, logits_CV.new_full((count,), design.draws)
+        row_E, id_E = torch.cat([tail[0], head[0]]), torch.cat([tail[1], head[1]])
+        counts = np.concatenate([rows.tail_counts, rows.head_counts]).astype(np.float64)
+        weight_E, together = torch.from_numpy(counts).to(logits_CV), 1.0 / design.draws
+    else:
+        chances = [p / floor for p, floor in zip(outside_BCV, design.floors, strict=True)]
+        chance_CV, together = torch.stack(chances).amax(dim=0), 1.0
+        slots_C = chance_CV.sum(dim=1).ceil().clamp_(min=1.0)
+    total_C = chance_CV.sum(dim=1)
+
+    def summed(values_E: torch.Tensor) -> torch.Tensor:
+        return logits_CV.new_zeros(count).index_add_(0, row_E, values_E * weight_E) / slots_C
+
+    found = []
+    by_id_CV = torch.arange(design.vocab_size, device=row_E.device).expand_as(logits_CV)
+    for order_CV in (logits_CV.argsort(dim=1), by_id_CV):
+        sorted_CV = chance_CV.gather(1, order_CV)
+        middle_CV = (sorted_CV.cumsum(dim=1) - sorted_CV / 2) / total_C.clamp(min=1e-300)[:, None]
+        place_CV = torch.empty_like(middle_CV).scatter_(1, order_CV, middle_CV)
+        variance_C = total_C / slots_C / 12 * together
+        found.append((summed(place_CV[row_E, id_E] - 0.5), variance_C, torch.full_like(total_C, 0.5 * together)))
+    for b, outside_CV in enumerate(outside_BCV):
+        if design.draws:
+            mass_C = outside_CV.sum(dim=1)
+            tails_E = (torch.arange(len(row_E), device=row_E.device) < len(tail[0])).to(logits_CV)
+            off_C, variance_C = summed(tails_E) - mass_C, mass_C * (1 - mass_C) * together
+        else:
+            # What an entry stands for, over the most that one can.
+            worth_CV = outside_CV / (chance_CV * design.floors[b]).clamp(min=1e-300)
+            mean_C = (worth_CV * chance_CV).sum(dim=1) / slots_C
+            off_C = summed(worth_CV[row_E, id_E]) - mean_C
+            variance_C = (worth_CV.square() * chance_CV).sum(dim=1) / slots_C - mean_C.square()
+        found.append((off_C, variance_C, torch.full_like(total_C, together)))
+    return torch.stack([torch.stack(f, dim=1) for f in found], dim=1).cpu().numpy()
+
+
+def _places(counts: NDArray[np.int64], ids: NDArray[np.uint32], device: torch.device) -> _Entries:
     """Rows and vocabulary ids of entries."""
     rows = np.repeat(np.arange(len(counts)), counts)
     return torch.from_numpy(rows).to(device), torch.from_numpy(ids.astype(np.int64)).to(device)
-
-
-def _measures(plan: Plan, stored: list[CachedSequence], batched: list[_Scored], alone: list[_Scored]) -> list[Measure]:
-    quantised = plan.selection.values == "quantised"
-    head_step = layout.HEAD_STEP if quantised else None
-    tail_step = layout.TAIL_STEP if quantised and plan.selection.tail_logits else None
-    kinds: dict[str, tuple[Callable[[SparseRows], NDArray[np.float32]], Callable[[Numbers], Numbers]]] = {
-        "label": (lambda rows: rows.label_log_prob, _rounding(None)),
-        "head": (lambda rows: rows.head_logits, _rounding(head_step)),
-        "tail": (lambda rows: rows.tail_logits, _rounding(tail_step)),
-        "rest": (lambda rows: rows.rest[rows.kept].ravel(), lambda x: np.full_like(x, layout.REST_STEP / 2)),
-    }
-    titles = {"label": "label log-prob", "head": "head logits", "tail": "tail logits", "rest": "rest log-odds"}
-    measures = []
-    for kind, (of_rows, bound) in kinds.items():
-        held = _joined(of_rows(s.rows) for s in stored)
-        first, second = (_joined(getattr(s, kind) for s in run) for run in (batched, alone))
-        floor = _lowest(kind, head_step if kind == "head" else tail_step)
-        first, second = np.maximum(first, floor), np.maximum(second, floor)
-        off = np.abs(held - first)
-        beyond = np.maximum(off - bound(first), 0.0)
-        control = Disagreement.of(np.abs(first - second))
-        measures.append(Measure(titles[kind], Disagreement.of(off), Disagreement.of(beyond), control))
-    return measures
-
-
-def _rounding(step: float | None) -> Callable[[Numbers], Numbers]:
-    """What the format may be off by (``cache_format.md``, section 4): half a step, or half precision's rounding."""
-    if step is not None:
-        return lambda x: np.full_like(x, step / 2)
-    return lambda x: np.maximum(np.abs(x) * _HALF[0], _HALF[1])
-
-
-def _lowest(kind: str, step: float | None) -> float:
-    """What everything below is stored as."""
-    if kind == "rest":
-        return -layout.REST_LIMIT
-    return -layout.HALF_LIMIT if kind == "label" or step is None else -layout.LEVEL_LIMIT * step
-
-
-def _joined(parts: Iterable[NDArray[Any]]) -> Numbers:
-    return np.concatenate([p.astype(np.float64) for p in parts])
-
-
-def _members(
-    plan: Plan, stored: list[CachedSequence], batched: list[_Scored], alone: list[_Scored]
-) -> list[Membership]:
-    """Who is in the head, who was drawn, and which rows are left empty."""
-    kinds = {"other heads": ("head", "head_ids")}
-    # A cache made from others was drawn under its parents' plans.
-    if plan.design(0).sampled and plan.derived is None:
-        kinds["other draws"] = ("tail", "tail_ids")
-    members = []
-    for title, (counts, ids) in kinds.items():
-        total = held_alone = twice_alone = 0
-        for sequence, first, second in zip(stored, batched, alone, strict=True):
-            rows = sequence.rows
-            held, own, again = (
-                set(zip(_owners(getattr(r, counts)), getattr(r, ids).tolist(), strict=True))
-                for r in (rows, first.own, second.own)
-            )
-            total += len(held)
-            held_alone += len(held ^ own)
-            twice_alone += len(own ^ again)
-        members.append(Membership(title, total, held_alone / max(1, 2 * total), twice_alone / max(1, 2 * total)))
-    return members
-
-
-def _owners(counts: NDArray[np.int64]) -> list[int]:
-    owners: list[int] = np.repeat(np.arange(len(counts)), counts).tolist()
-    return owners

@@ -18,14 +18,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
     """Compare every key that the plan records; sections that the recipe leaves out are not compared.
 
-    Files and folders are compared by their last name: a cache holds no paths, and may have been made elsewhere.
+    Files and folders are compared by their last name: a cache holds no paths, and may have been made elsewhere. Of a
+    cache derived from others, only teacher and prompt are: it is meant to hold other sequences and entries.
 
     Raises:
         PlanMismatchError: naming the keys that differ.
     """
-    plan = cache.plan
+    plan, captured = cache.plan, cache.plan.derived is None
     pairs: list[tuple[str, Any, Any]] = []
-    if "selection" in recipe.model_fields_set:
+    if captured and "selection" in recipe.model_fields_set:
         chosen = recipe.selection
         pairs += [
             (f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key))
@@ -49,10 +50,13 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
     data = recipe.data
     if data is not None:
         pairs += [
-            ("data.max_length", data.max_length, plan.data.max_length),
             ("data.prompt", data.prompt, plan.data.prompt),
             ("data.system", data.system, plan.data.system),
             ("data.date", data.date, plan.data.date),
+        ]
+    if data is not None and captured:
+        pairs += [
+            ("data.max_length", data.max_length, plan.data.max_length),
             ("data.columns", dict(data.columns), dict(plan.data.columns)),
         ]
         if data.shape != "auto":
@@ -70,7 +74,7 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
     if differing:
         raise PlanMismatchError(
             f"the cache {cache.directory} was made from another recipe: {'; '.join(differing)}. Make it again in "
-            "another directory with kdcache teacher-cache, or put these keys back"
+            "another directory with kdcache teacher-cache, put these keys back, or train from it as it is with data=null teacher=null"
         )
 
 

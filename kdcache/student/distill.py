@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from kdcache.cache.reader import Cache
 from kdcache.cache.store import open_cache
-from kdcache.errors import RecipeError, StorageError, TrainingError
+from kdcache.errors import CacheError, RecipeError, StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import attach_lora, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
@@ -59,6 +59,12 @@ def distill(
     student, training = recipe.student, recipe.training
     cache = open_cache(recipe.cache.directory, progress=progress)
     refuse_other_cache(recipe, cache)
+    for name in (TRAIN, VALIDATION):
+        if name not in cache:
+            raise CacheError(
+                f"the cache {cache.directory} has no split {name}, only {', '.join(cache)}; students are trained on {TRAIN} and "
+                f"scored on {VALIDATION}: take a cache that has both (kdcache subset keeps all splits, kdcache merge adds some)"
+            )
     refuse_low_temperature(recipe.loss.temperature, cache)
     progress.message(f"cache {cache.id[:12]}: {cache.plan.selection.describe()}")
     run = RunDirectory(Path(recipe.output))

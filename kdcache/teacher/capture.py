@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdcache.cache.manifest import Manifest, Plan
-from kdcache.cache.remote import is_url
 from kdcache.cache.writer import CacheWriter
-from kdcache.errors import CacheError, PlanMismatchError, RecipeError
+from kdcache.errors import CacheError, PlanMismatchError
 from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
@@ -109,11 +108,6 @@ class _Made:
 
 def _make_share(recipe: Recipe, worker: Worker, progress: Progress) -> _Made:
     started = time.monotonic()
-    if is_url(recipe.cache.directory):
-        raise RecipeError(
-            f"cache.directory is {recipe.cache.directory}, and a teacher writes into a directory of this machine; give one, "
-            "and kdcache push it afterwards"
-        )
     drafted = plan_cache(recipe, progress)
     planned, teacher = settle_floors(recipe, drafted, progress, worker=worker)
     writer, planned = _open_writer(Path(recipe.cache.directory), drafted, planned)

@@ -17,6 +17,7 @@ from kdcache.cache.manifest import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from kdcache.cache.remote import is_url
 from kdcache.cache.selection import SelectionPlan
 from kdcache.data.examples import load_examples
 from kdcache.data.tokens import TokenRow, TokenRows, template_sha256, tokenise
@@ -75,6 +76,11 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
         KdcacheError: bad data, tokenizer, model or recipe values.
     """
     data, teacher = teacher_sections(recipe)
+    if is_url(recipe.cache.directory):
+        raise RecipeError(
+            f"cache.directory is {recipe.cache.directory}, and a teacher writes into a directory of this machine; give one, "
+            "and kdcache push it afterwards"
+        )
     tokenizer = load_tokenizer(teacher.model, teacher.revision)
     identity = identify(teacher.model, teacher.revision)
     tokens = token_map(tokenizer, head_width=identity.head_width)

@@ -14,7 +14,7 @@ import yaml
 from kdcache.cache import layout
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
-from tests.cache.hub_server import HubServer
+from tests.cache.hub_server import HubServer, Repository
 from tests.cache.transfer_trials import files, make_cache
 
 URL = "hf://datasets/user/name"
@@ -152,6 +152,22 @@ def test_what_fails_is_one_line(hub, kdcache, made, tmp_path):
     hub.repositories["user/name"].add({"train.csv": b"x"}, "somebody's data")
     refused("train.csv", "push", made, URL)
     refused("--license is for hf://", "push", made, tmp_path / "there", "--license", "mit")
+
+
+def test_somebodys_own_readme_is_not_written_over(hub, kdcache, made):
+    hub.repositories["user/name"] = Repository(private=True)
+    repository = hub.repositories["user/name"]
+    repository.add({".gitattributes": b"", layout.CARD_FILE: b"my notes"}, "by hand")
+    commits = len(repository.commits)
+    code, _, err = kdcache("push", made, URL)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"it holds {layout.CARD_FILE}" in err
+    assert "--overwrite" in err
+    assert len(repository.commits) == commits
+    assert kdcache("push", made, URL, "--overwrite")[0] == 0
+    assert repository.commits[-1][1][layout.CARD_FILE] == (made / layout.CARD_FILE).read_bytes()
+    # A card of a cache that lies there is people's to edit and ours to renew.
+    assert kdcache("push", made, URL, "--license", "mit")[0] == 0
 
 
 def test_a_commit_that_fails_once_is_made_once(hub, kdcache, made):

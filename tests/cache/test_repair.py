@@ -1,20 +1,27 @@
 """Every kind of damage, and what mends it: a copy, whoever makes shards, or the shards themselves."""
 
+import errno
 import json
+import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+import zstandard
 
 import kdcache.commands.derive
 from kdcache.cache import layout
+from kdcache.cache.directory import read_plan
+from kdcache.cache.manifest import Derivation
 from kdcache.cache.reader import open_cache, shard_path
 from kdcache.cache.repair import repair
-from kdcache.cache.shard import read_file
+from kdcache.cache.shard import decompress, read_file
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
 from kdcache.cli import main
+from kdcache.commands.derive import _remake
 from kdcache.errors import CacheError, StorageError
 from tests.cache.samples import TOKENS, sample_plan, sample_sequences
 
@@ -154,6 +161,53 @@ def test_one_bad_file_of_the_copy_does_not_hold_up_the_others(cache, copy):
     assert len(done.fetched) == 2
 
 
+@pytest.fixture
+def nudged(cache, copy):
+    """Cache and copy with a manifest that is right and not the one that this machine would sum up."""
+    manifest = json.loads((cache / layout.MANIFEST_FILE).read_text())
+    manifest["splits"][0]["teacher_nll"] *= 1 + 1e-9
+    for directory in (cache, copy):
+        (directory / layout.MANIFEST_FILE).write_text(json.dumps(manifest))
+        assert verify(directory) == []
+    return cache
+
+
+@pytest.mark.parametrize("kind", ["manifest", "no manifest", "shard and manifest", "all but the plan"])
+def test_a_lost_manifest_is_the_copys_so_that_the_id_stays(nudged, copy, kind):
+    whole = files(nudged)
+    DAMAGE[kind](nudged)
+    done = repair(nudged, fetch=fetch_from(copy), make=lambda: pytest.fail("made"))
+    assert done.after.whole
+    assert layout.MANIFEST_FILE in done.fetched
+    assert done.refused == []
+    assert files(nudged) == whole
+
+
+def test_a_manifest_of_other_shards_is_not_taken(nudged, copy):
+    theirs = copy / SHARD
+    raw = decompress(theirs.read_bytes(), limit=layout.SHARD_LIMIT)
+    theirs.write_bytes(zstandard.ZstdCompressor(level=19, write_checksum=True, write_content_size=True).compress(raw))
+    (copy / layout.MANIFEST_FILE).unlink()
+    assert repair(copy).after.whole
+    (nudged / layout.MANIFEST_FILE).unlink()
+    shards = {name: data for name, data in files(nudged).items() if "shards/" in name}
+    done = repair(nudged, fetch=fetch_from(copy))
+    assert done.after.whole
+    assert [(f.file, "is a good shard" in f.problem) for f in done.refused] == [(layout.MANIFEST_FILE, True)]
+    assert {name: data for name, data in files(nudged).items() if "shards/" in name} == shards
+    assert open_cache(nudged).id != open_cache(copy).id
+
+
+def test_a_copys_manifest_waits_for_all_of_its_shards(nudged, copy):
+    DAMAGE["shard and manifest"](nudged)
+    (nudged / layout.MANIFEST_FILE).unlink()
+    truncate(copy / SHARD)
+    done = repair(nudged, fetch=fetch_from(copy))
+    assert not done.after.whole
+    assert [f.file for f in done.refused] == [SHARD]
+    assert not (nudged / layout.MANIFEST_FILE).exists()
+
+
 def test_a_copy_of_another_cache_gives_no_plan(cache, copy):
     shutil.rmtree(copy)
     make(copy, sample_plan(CONTENTS, dtype="bfloat16"))
@@ -199,6 +253,26 @@ def test_a_run_that_fails_leaves_what_was_there(cache):
 
     with pytest.raises(StorageError, match="full"):
         repair(cache, make=fail)
+    assert files(cache) == before
+
+
+def test_what_a_run_fails_with_is_not_blamed_on_the_moving_of_shards(cache, monkeypatch):
+    truncate(cache / SHARD)
+    before = files(cache)
+
+    def fail():
+        raise OSError("the teacher's file is gone")
+
+    with pytest.raises(OSError, match="the teacher's file is gone"):
+        repair(cache, make=fail)
+    assert files(cache) == before
+
+    def refuse(path, target):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match=r"cannot move damaged shards .* aside: Permission denied"):
+        repair(cache, make=lambda: pytest.fail("made"))
     assert files(cache) == before
 
 
@@ -254,6 +328,41 @@ def test_a_url_serves_as_the_copy(run, cache, copy):
     code, out, _ = run("repair", cache, "--from", f"file://{copy}-elsewhere")
     assert code == 1
     assert f"{SHARD}: not taken" in out
+
+
+def test_a_url_is_not_mended_in_place(run, cache):
+    code, _, err = run("repair", "https://user:secret@host/some/cache", "--from", cache)
+    assert code == 2
+    assert err.startswith(
+        "error: repair mends a directory of this machine, not https://host/some/cache; kdcache pull https://"
+    )
+    assert "secret" not in err
+    code, out, _ = run("repair", f"file://{cache}")
+    assert code == 0
+    assert "is whole" in out
+
+
+def test_a_command_to_paste_holds_nothing_of_a_strangers_but_quoted_values(run, tmp_path):
+    settings = {
+        "splits": "train;reboot,b",
+        "sequences": "$(id):",
+        "k": "`id`",
+        "max_length": "6\n7",
+        "x; reboot #": "y",
+    }
+    derived = Derivation(operation="subset", parents=("a" * 64,), settings=settings)
+    directory = tmp_path / "it's a cache"
+    make(directory, PLAN.model_copy(update={"derived": derived}))
+    truncate(directory / SHARD)
+    text = _remake(directory, read_plan(directory))
+    assert shlex.split(text.removesuffix(" makes them again")) == [
+        "kdcache", "subset", f"CACHE-{'a' * 12}", str(directory), "--split", "train;reboot", "--split", "b", "--k", "`id`",
+        "--max-length", "6\n7", "--sequences", "$(id):",
+    ]  # fmt: skip
+    code, out, _ = run("repair", directory)
+    assert code == 1
+    assert f"kdcache repair {shlex.quote(str(directory))} --from COPY" in out
+    assert "#" not in out.partition("--from COPY")[2]
 
 
 def test_the_recipe_makes_damaged_shards_again(run, values, shared_cache, tmp_path):

@@ -1,23 +1,28 @@
 """Caches pushed to and pulled from a real S3 server, a web server and directories, over good networks and bad ones."""
 
 import errno
+import json
 import os
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import fsspec.config
 import pytest
 import yaml
 import zstandard
+from markdown_it import MarkdownIt
 
 from kdcache.cache import layout, remote
 from kdcache.cache.card import data_card, with_licence
 from kdcache.cache.pace import Retry
 from kdcache.cache.reader import open_cache
+from kdcache.cache.receive import fetch_shard
 from kdcache.cache.remote import parse_location
 from kdcache.cache.shard import decompress
 from kdcache.cache.share import fetcher, pull, push
+from kdcache.cache.transfer import Transfer
 from kdcache.cache.verify import verify
 from kdcache.errors import (
     CacheError,
@@ -467,6 +472,61 @@ def test_a_full_disk_is_a_storage_error(made, tmp_path, monkeypatch):
         pull(made, tmp_path / "x", retry=QUICK)
 
 
+def test_a_pull_that_cannot_fit_is_refused_before_it_begins(made, tmp_path, monkeypatch):
+    shards = sum(len(data) for name, data in files(made).items() if name.startswith("shards/"))
+    free = shards - 1
+    monkeypatch.setattr(
+        "kdcache.cache.transfer.shutil.disk_usage", lambda path: SimpleNamespace(free=free) if path.exists() else None
+    )
+    with pytest.raises(StorageError, match=rf"{shards:,} more bytes .* has {free:,} left; free some space"):
+        pull(made, tmp_path / "new" / "x")
+    assert not (tmp_path / "new").exists()
+    free = shards
+    pull(made, tmp_path / "new" / "x")
+    # What is there already takes no more room.
+    free = len(files(made)[SHARD])
+    (tmp_path / "new" / "x" / SHARD).unlink()
+    pull(made, tmp_path / "new" / "x")
+    assert files(tmp_path / "new" / "x") == files(made)
+
+
+def test_an_endless_shard_takes_no_more_disk_than_the_manifest_states(made, tmp_path, monkeypatch):
+    stated = {name: len(data) for name, data in files(made).items()}
+    written = []
+
+    def endless(self, name, target, guard, real=remote.Place.download):
+        if not name.startswith("shards/"):
+            return real(self, name, target, guard)
+        with target.open("wb") as sink:
+            for _ in range(1000):
+                guard.relative_update(100)
+                written.append((name, sink.write(bytes(100))))
+
+    monkeypatch.setattr(remote.Place, "download", endless)
+    with pytest.raises(DamagedObjectError, match="expected at most"):
+        pull(made, tmp_path / "x", workers=1, retry=QUICK)
+    assert written
+    for name in {name for name, _ in written}:
+        assert sum(size for other, size in written if other == name) <= QUICK.attempts * stated[name]
+    assert set(files(tmp_path / "x")) == {PLAN, layout.VOCABULARY_FILE, CARD}
+
+
+def test_a_manifest_cannot_raise_the_limit_of_a_shard(made, cache, tmp_path, monkeypatch):
+    manifest = json.loads((cache / MANIFEST).read_text())
+    manifest["shards"][1]["bytes"] = 3 << 30
+    (cache / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(TransferError, match="no good plan and manifest"):
+        pull(cache, tmp_path / "x", retry=QUICK)
+    assert not (tmp_path / "x").exists()
+    # Nor would it, were it let through.
+    limits = []
+    entry = open_cache(made).manifest.shards[1].model_copy(update={"bytes": 3 << 30})
+    transfer = Transfer(remote.Place(parse_location(made)))
+    monkeypatch.setattr(transfer, "fetch", lambda name, path, *, scratch, limit, check: limits.append((name, limit)))
+    fetch_shard(transfer, tmp_path / "shard", entry, 1, scratch=tmp_path)
+    assert limits == [(SHARD, layout.SHARD_LIMIT)]
+
+
 def test_one_pull_at_a_time_into_a_directory(made, tmp_path, monkeypatch):
     seen = []
 
@@ -481,6 +541,31 @@ def test_one_pull_at_a_time_into_a_directory(made, tmp_path, monkeypatch):
     pull(made, tmp_path / "x", workers=1)
     assert seen
     assert files(tmp_path / "x") == files(made)
+
+
+def test_the_card_has_no_link_of_a_strangers(made):
+    opened = open_cache(made)
+    link = "[click](https://evil.example)"
+    plan = opened.plan.model_copy(
+        update={
+            "teacher": opened.plan.teacher.model_copy(update={"name": link, "architecture": f"a]{link}"}),
+            "data": opened.plan.data.model_copy(
+                update={
+                    "prompt": link,
+                    "splits": tuple(
+                        s.model_copy(update={"source": link, "selected": f"{s.name}[:10]"})
+                        for s in opened.plan.data.splits
+                    ),
+                }
+            ),
+        }
+    )
+    card = data_card(plan, opened.manifest)
+    assert r"# Teacher cache: \[click\]\(https://evil.example\)" in card
+    page = MarkdownIt().enable("table").render(card.split("---\n", 2)[2])
+    assert "<a" not in page
+    assert page.count("<td>[click](https://evil.example)</td>") == 2
+    assert "<td>train[:10]</td>" in page
 
 
 def test_what_is_shown_of_a_url_has_no_password():

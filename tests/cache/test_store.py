@@ -2,13 +2,14 @@
 
 import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from kdcache.cache import layout, store
+from kdcache.cache import layout, remote, store
 from kdcache.cache.leases import Shelf
 from kdcache.cache.pace import Retry
 from kdcache.cache.reader import open_cache as open_directory
@@ -19,6 +20,7 @@ from tests.cache.servers import web_server
 from tests.cache.transfer_trials import files, make_cache
 
 SIZES = {"first": (3, 5, 2), "second": (4, 5, 2), "third": (2, 6, 2)}
+SHARD = f"shards/{layout.shard_name(0)}"
 QUICK = Retry(attempts=2, first=0.001)
 
 
@@ -117,6 +119,50 @@ def test_a_cache_that_is_larger_than_the_limit_is_not_even_begun(site, made, mon
     assert stored() == set()
 
 
+def test_nothing_is_removed_for_a_cache_that_is_larger_than_the_limit(site, made, monkeypatch):
+    *smaller, largest = sorted(SIZES, key=lambda name: size(made, name))
+    monkeypatch.setenv("KDCACHE_STORE_LIMIT", str(size(made, *smaller) + 10))
+    for name in smaller:
+        open_cache(f"{site.url}/{name}")
+    monkeypatch.setenv("KDCACHE_STORE_LIMIT", str(size(made, largest) - 1))
+    with pytest.raises(CacheError, match="more than the limit of") as caught:
+        open_cache(f"{site.url}/{largest}")
+    assert "in use" not in str(caught.value)
+    assert len(stored()) == 2
+    assert {open_cache(f"{site.url}/{name}").id for name in smaller} == {open_directory(made / n).id for n in smaller}
+
+
+def test_nothing_is_removed_where_that_would_not_be_enough(site, made, monkeypatch):
+    idle = open_cache(f"{site.url}/first").directory
+    held = open_cache(f"{site.url}/second")
+    monkeypatch.setenv("KDCACHE_STORE_LIMIT", str(size(made, "second", "third") - 1))
+    with pytest.raises(CacheError, match="the others are in use"):
+        open_cache(f"{site.url}/third")
+    assert files(idle) == files(made / "first")
+    monkeypatch.setenv("KDCACHE_STORE_LIMIT", str(size(made, "second", "third")))
+    open_cache(f"{site.url}/third")
+    assert not idle.exists()
+    assert held.directory.exists()
+
+
+@pytest.mark.parametrize("stated", [10**30, layout.VOCABULARY_LIMIT + 1, -1])
+def test_no_stated_size_breaks_the_store_or_its_books(site, made, monkeypatch, stated):
+    monkeypatch.setattr(
+        remote.Place,
+        "size",
+        lambda place, name, real=remote.Place.size: stated if "vocab" in name else real(place, name),
+    )
+    assert files(open_cache(f"{site.url}/first").directory) == files(made / "first")
+    record = next(iter(Shelf(store_home(), store_limit()).records().values()))
+    assert record.bytes == size(made, "first") - len(files(made / "first")[layout.VOCABULARY_FILE]) + (32 << 20)
+
+
+def test_a_data_card_of_an_absurd_stated_size_is_a_typed_error(site, monkeypatch):
+    monkeypatch.setattr(remote.Place, "size", lambda place, name: 10**30)
+    with pytest.raises(TransferError, match=layout.CARD_FILE):
+        open_cache(f"{site.url}/first")
+
+
 def test_only_what_the_store_brought_is_ever_removed(site, made, tmp_path, monkeypatch):
     open_cache(f"{site.url}/first")
     ours = next(iter(stored()))
@@ -134,6 +180,9 @@ def test_only_what_the_store_brought_is_ever_removed(site, made, tmp_path, monke
     monkeypatch.setenv("KDCACHE_STORE_LIMIT", str(size(made, "second") + 10))
     with pytest.raises(CacheError, match="does not fit"):
         open_cache(f"{site.url}/second")
+    assert (home / ours).exists()
+    monkeypatch.setenv("KDCACHE_STORE_LIMIT", str(size(made, "first", "second") + 10))
+    open_cache(f"{site.url}/second")
     assert not (home / ours).exists()
     assert files(home / "my-own-cache") == files(home / ("a" * 32)) == files(made / "second")
     assert files(tmp_path / "precious") == {"thesis.tex": b"mine"}
@@ -210,14 +259,76 @@ def test_an_interrupted_download_is_finished_and_counted(site, made, monkeypatch
     assert len(stored()) == 1
 
 
-def test_a_shard_that_rots_in_the_store_is_named_and_not_used(site):
-    cache = open_cache(f"{site.url}/first")
-    shard = cache.directory / "shards" / layout.shard_name(0)
-    data = bytearray(shard.read_bytes())
+def rot(path):
+    data = bytearray(path.read_bytes())
     data[100] ^= 1
-    shard.write_bytes(data)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_shard_that_rots_in_the_store_is_fetched_again_once(site, made, pinned):
+    url = f"{site.url}/first" + (f"#cache-id={open_directory(made / 'first').id}" if pinned else "")
+    rot(open_cache(url).directory / SHARD)
+    cache = open_cache(url)
+    read(site)
+    # A worker process gets the cache by pickling.
+    elsewhere = pickle.loads(pickle.dumps(cache))
+    expected = open_directory(made / "first").split("train")[0]
+    assert (elsewhere.split("train")[0].token_ids == expected.token_ids).all()
+    assert read(site) == [SHARD]
+    assert files(cache.directory) == files(made / "first")
+    assert (cache.split("train")[0].token_ids == expected.token_ids).all()
+    assert read(site) == []
+    rot(cache.directory / SHARD)
+    cache.load(0)
+    rot(cache.directory / SHARD)
+    with pytest.raises(CorruptCacheError, match="00000"):
+        cache.load(0)
+
+
+@pytest.mark.parametrize("fault", [Fault.ERROR, Fault.OTHER, Fault.SHORT, Fault.LONG])
+def test_a_shard_that_is_not_to_be_had_again_is_named_with_its_url(site, fault):
+    cache = open_cache(f"{site.url}/first")
+    rot(cache.directory / SHARD)
+    before = files(cache.directory)
+    site.choose = lambda call: fault
+    with pytest.raises(
+        CorruptCacheError, match=f"{cache.directory}/{SHARD} is damaged.* {site.url}/first/{SHARD}"
+    ) as caught:
+        cache.split("train")[0]
+    assert "\n" not in str(caught.value)
+    assert files(cache.directory) == before
+    site.choose = lambda call: None
+    assert open_cache(f"{site.url}/first").split("train")[0] is not None
+
+
+def test_a_shard_of_a_cache_that_its_url_no_longer_holds_is_not_taken(site):
+    cache = open_cache(f"{site.url}/first")
+    rot(cache.directory / SHARD)
+    shutil.rmtree(site.folder / "first")
+    (site.folder / "second").rename(site.folder / "first")
     with pytest.raises(CorruptCacheError, match="00000"):
         cache.split("train")[0]
+
+
+@pytest.mark.parametrize("name", [layout.PLAN_FILE, layout.MANIFEST_FILE, layout.VOCABULARY_FILE])
+@pytest.mark.parametrize("harm", [rot, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_small_files_that_rot_in_the_store_are_brought_again(site, made, name, harm):
+    directory = open_cache(f"{site.url}/first").directory
+    harm(directory / name)
+    read(site)
+    assert open_cache(f"{site.url}/first").directory == directory
+    assert files(directory) == files(made / "first")
+    assert not any(n.startswith("shards/") for n in read(site))
+
+
+def test_a_copy_that_is_open_and_rots_is_named_and_not_waited_for(site):
+    cache = open_cache(f"{site.url}/first")
+    rot(cache.directory / layout.VOCABULARY_FILE)
+    with pytest.raises(CacheError, match=f"{cache.directory}.* damaged while it is in use"):
+        open_cache(f"{site.url}/first")
+    del cache
+    assert len(open_cache(f"{site.url}/first").vocabulary()) > 0
 
 
 @pytest.mark.parametrize(
