@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote
 
 from fsspec.callbacks import Callback
 
@@ -53,7 +54,7 @@ class Location:
     @property
     def path(self) -> Path:
         """The directory, where it is a local one."""
-        return Path(self.url.removeprefix("file://"))
+        return Path(unquote(self.url.removeprefix("file://"))) if is_url(self.url) else Path(self.url)
 
     def __str__(self) -> str:
         """The URL as it may be shown: without a user name and a password."""
@@ -71,10 +72,13 @@ def parse_location(text: str | Path, cache_id: str | None = None) -> Location:
     Raises:
         TransferError: a protocol that is not one of ours, or a pin that is not one.
     """
-    url, protocol, pin = str(text), "file", cache_id or ""
+    url, protocol, pin = str(text), "file", (cache_id or "").lower()
     if is_url(text):
         url, mark, fragment = url.partition(_PIN_MARK)
-        pin = pin or fragment
+        fragment = fragment.lower()
+        if pin and fragment and not (pin.startswith(fragment) or fragment.startswith(pin)):
+            raise TransferError(f"{text} names another cache id than {pin}; give one of them")
+        pin = max(pin, fragment, key=len)
         if mark and not fragment:
             raise TransferError(f"nothing behind {_PIN_MARK} in {text}; write the cache id's first hex digits there")
         protocol = url.partition("://")[0].lower()
@@ -82,12 +86,16 @@ def parse_location(text: str | Path, cache_id: str | None = None) -> Location:
         if protocol not in PROTOCOLS or "::" in url:
             known = ", ".join(f"{name}://" for name in PROTOCOLS)
             raise TransferError(f"expected a directory or a URL with one of {known}; found {text}")
+        if protocol == "file" and not url.startswith("file:///"):
+            raise TransferError(f"expected file:/// and a whole path, found {text}")
         if protocol in ("http", "https") and ("?" in url or "#" in url):
             raise TransferError(
-                "expected the URL of a directory, to which file names are added; found a query or fragment"
+                "expected the URL of a directory, to which file names are added; found a query or fragment (the only one is #cache-id=HEX)"
             )
         if protocol == "hf" and (named := _TAG.search(url)) is not None:
             pin = pin or named[1]
+    elif protocol == "file" and re.match(r"^[a-z0-9]{2,}:", url):
+        raise TransferError(f"expected a directory or a URL, found {text}; a URL has // behind its colon")
     if pin and _PIN.fullmatch(pin) is None:
         raise TransferError(
             f"a cache id is given by {MINIMUM_PIN} to 64 hex digits (kdcache inspect shows it), not {pin!r}"

@@ -40,7 +40,7 @@ def push(
     """Send a complete cache: shards first, the manifest last. The Hub has a function of its own, `hub.publish`.
 
     Every shard is held against the manifest as it is sent. Where the destination's manifest is ours byte for byte,
-    sizes decide what is there; otherwise objects of the right size are read back.
+    sizes decide what is there; otherwise, and in a directory of this machine, objects of the right size are read back.
 
     Args:
         source: a cache directory.
@@ -59,8 +59,8 @@ def push(
     if location.protocol in ("http", "https"):
         raise TransferError(f"{location} can only be pulled from; push to s3://, gs://, hf:// or a directory")
     cache = whole_cache(source)
-    if location.local and location.path.exists() and location.path.samefile(cache.directory):
-        raise CacheError(f"{location.path} is the cache itself; give another directory")
+    if location.local and location.path.resolve().is_relative_to(cache.directory.resolve()):
+        raise CacheError(f"{location.path} is the cache itself or within it; give another directory")
     transfer = Transfer(Place(location), retry=retry, progress=progress)
     manifest = read_file(cache.directory / layout.MANIFEST_FILE, limit=layout.JSON_LIMIT)
     there = transfer.find(layout.MANIFEST_FILE)
@@ -68,7 +68,7 @@ def push(
         _refuse_other_contents(transfer, cache, manifest, there)
     names = object_names(cache)
     sizes = [(cache.directory / name).stat().st_size for name in names]
-    trusted = there == manifest and not overwrite
+    trusted = there == manifest and not overwrite and not location.local
     withdrawn = there is None
     one_at_a_time = threading.Lock()
     sent: list[int] = []

@@ -27,7 +27,7 @@ from kdcache.cache.leases import Lease, Record, Shelf
 from kdcache.cache.manifest import Manifest, parse_manifest
 from kdcache.cache.pace import Retry
 from kdcache.cache.receive import Head, fetch_shard, pull_into, read_head
-from kdcache.cache.remote import Location, Place, parse_location
+from kdcache.cache.remote import Location, Place, is_url, parse_location
 from kdcache.cache.shard import read_file
 from kdcache.cache.transfer import Transfer
 from kdcache.errors import CacheError, CorruptCacheError, StorageError, TransferError
@@ -63,7 +63,9 @@ def open_cache(url_or_directory: str | Path, *, keep: int = 8, progress: Progres
     """
     location = parse_location(url_or_directory)
     if location.local:
-        return reader.open_cache(location.path, keep=keep)
+        found = reader.open_cache(location.path, keep=keep)
+        _refuse_unpinned(location, found.id)
+        return found
     directory, lease = _stored(location, progress or Silent(), None)
     try:
         cache = reader.open_cache(directory, keep=keep)
@@ -86,6 +88,8 @@ def local_directory(
     """
     location = parse_location(url_or_directory)
     if location.local:
+        if location.pin:
+            _refuse_unpinned(location, reader.open_cache(location.path, keep=1).id)
         return location.path
     directory, lease = _stored(location, progress or Silent(), retry)
     _for_good.append(lease)
@@ -114,6 +118,12 @@ class Mender:
             raise CorruptCacheError(f"{path} is damaged, and a good one is not to be had from its URL: {exc}") from exc
 
 
+def _refuse_unpinned(location: Location, cache_id: str) -> None:
+    """A directory that a pin goes with holds that cache."""
+    if not cache_id.startswith(location.pin):
+        raise CacheError(f"{location} holds the cache {cache_id[:16]}, not {location.pin}")
+
+
 def store_limit() -> int:
     """Bytes that the store may hold.
 
@@ -130,7 +140,9 @@ def store_limit() -> int:
 def store_home() -> Path:
     """Where stored caches lie."""
     home = os.environ.get(_HOME)
-    return (Path(home) if home else Path.home() / ".cache" / "kdcache") / "store"
+    if home and is_url(home):
+        raise StorageError(f"{_HOME} should be a directory of this machine, found {home}")
+    return (Path(home).expanduser().absolute() if home else Path.home() / ".cache" / "kdcache") / "store"
 
 
 def _stored(location: Location, progress: Progress, retry: Retry | None) -> tuple[Path, Lease]:

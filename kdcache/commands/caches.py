@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -115,6 +116,7 @@ def verify(
 ) -> None:
     """Check every byte of a cache; exit 0 when it is whole, 1 when it is not."""
     from kdcache.cache.directory import read_plan
+    from kdcache.cache.remote import is_url
     from kdcache.cache.store import local_directory
     from kdcache.cache.verify import examine
     from kdcache.progress import Silent
@@ -137,6 +139,12 @@ def verify(
         say(json.dumps(_record(cache, found, scored), indent=1))
     else:
         say_lines(_verification_lines(cache, found))
+        if is_url(cache):
+            say(f"(what was checked is the copy in {directory}, as it is read when {cache} is opened)")
+            if not found.whole:
+                say(
+                    f"kdcache repair {quote(str(directory))} --from {quote(cache)} fetches it again; so does opening it"
+                )
         if scored is not None:
             _show_rescore(scored)
         elif rescore:

@@ -29,7 +29,7 @@ _RANGE = re.compile(r"(-?\d{1,15})?:(-?\d{1,15})?")
 @app.command()
 def subset(
     source: Source,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="Directory of the subset.", show_default=False)],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="Directory of the subset.", show_default=False)],
     split: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer reads the annotation at run time)
         typer.Option(help="Split to take; may be given several times. All by default.", show_default=False),
@@ -55,6 +55,7 @@ def subset(
     from kdcache.cache.store import open_cache
     from kdcache.cache.subset import subset as take
 
+    _refuse_url(destination)
     progress = console_progress()
     made = take(
         open_cache(source, keep=2, progress=progress), destination, splits=split or (), sequences=_range(sequences), max_length=max_length, k=k,
@@ -79,6 +80,7 @@ def merge(
     *sources, destination = caches
     if len(sources) < 2:
         raise typer.BadParameter(f"expected at least two caches and a destination, found {' '.join(caches)}")
+    _refuse_url(destination)
     progress = console_progress()
     _say_derived(join([open_cache(s, progress=progress) for s in sources], destination, progress=progress), "merge")
 
@@ -126,6 +128,16 @@ def repair(
         say(f"{cache} is not whole: {count} finding{'s' if count > 1 else ''}. {_way_out(directory, done)}")
         raise typer.Exit(1)
     say(f"{cache} is whole: {done.after.shards} shards, {byte_size(done.after.bytes)}, cache id {done.after.cache_id}")
+
+
+def _refuse_url(destination: str) -> None:
+    from kdcache.cache.remote import is_url
+    from kdcache.errors import CacheError
+
+    if is_url(destination):
+        raise CacheError(
+            f"the new cache is made in a directory of this machine, found {destination}; kdcache push it then"
+        )
 
 
 def _say_derived(made: DerivedCache, what: str) -> None:

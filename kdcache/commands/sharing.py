@@ -18,7 +18,9 @@ Workers = Annotated[int, typer.Option(min=1, max=64, help="Objects under way at 
 
 @app.command()
 def push(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Complete cache directory.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Complete cache directory, or the URL of one.", show_default=False)
+    ],
     destination: Annotated[
         str,
         typer.Argument(
@@ -39,23 +41,26 @@ def push(
 ) -> None:
     """Send a cache: shards first, the manifest last; the same command goes on after an interruption."""
     from kdcache.cache.remote import parse_location
+    from kdcache.cache.store import local_directory
     from kdcache.errors import TransferError
 
+    progress = console_progress()
+    # The bar is ours, and that nothing has changed is no warning. Both are read when the package is first imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    directory = local_directory(source, progress=progress)
     if parse_location(destination).protocol != "hf":
         from kdcache.cache.share import push as send
 
         if licence is not None:
             raise TransferError("--license is for hf://; elsewhere the data card goes as it is, so edit its README.md")
-        moved = send(source, destination, overwrite=overwrite, workers=workers, progress=console_progress())
+        moved = send(directory, destination, overwrite=overwrite, workers=workers, progress=progress)
         say(f"{destination} holds the cache {moved.cache_id[:12]}: {_counts(moved)}")
         return
-    # The bar is ours, and that nothing has changed is no warning. Both are read when the package is first imported.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from kdcache.cache.hub import publish
 
     published = publish(
-        source, destination, private=private, licence=licence, overwrite=overwrite, progress=console_progress()
+        directory, destination, private=private, licence=licence, overwrite=overwrite, progress=progress
     )
     say(
         f"{published.repository} holds the cache {published.tag[:12]}: commit {published.commit[:12]}, {byte_size(published.bytes)}"

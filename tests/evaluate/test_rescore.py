@@ -24,6 +24,7 @@ from kdcache.evaluate.rescore import _companion, _places, off_chance, pick, resc
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.teacher.capture import capture
+from kdcache.teacher.forward import TeacherForward
 from kdcache.teacher.select import Selection, select
 
 EVERYTHING = 10**6
@@ -339,14 +340,18 @@ def test_draws_are_judged_by_what_chance_may_do():
     assert Drawing.of("x", np.zeros((0, 3)), np.zeros((0, 3)), alarm=1e-5).explained
 
 
-def test_the_control_is_real_where_every_batch_is_one_sequence(values, models):
+def test_the_control_is_real_where_every_batch_is_one_sequence(values, models, monkeypatch):
     values["teacher"] |= {"dtype": "bfloat16", "batch_tokens": 16}
     values["selection"] = {"method": "top_k", "k": 8}
     directory = capture(parse_recipe(values)).directory
-    for count in (1, EVERYTHING):
-        found = rescore(directory, sequences=count, teacher=str(models / "teacher"), seed=4)
-        assert max(m.control.largest for m in found.measures) > 0
-        assert unexplained(found) == []
+    batches, hidden = [], TeacherForward.hidden
+    monkeypatch.setattr(TeacherForward, "hidden", lambda self, rows: batches.append(len(rows)) or hidden(self, rows))
+    assert unexplained(rescore(directory, sequences=1, teacher=str(models / "teacher"))) == []
+    assert batches == [1, 2]
+    # Most sequences come out the same on a CPU whatever is beside them, but not all.
+    found = rescore(directory, sequences=EVERYTHING, teacher=str(models / "teacher"))
+    assert max(m.control.largest for m in found.measures) > 1e-3
+    assert unexplained(found) == []
     assert _companion([5, 7, 7, 4], 1) == 0
     assert _companion([7, 7], 0) == 1
     assert _companion([7], 0) == 0
