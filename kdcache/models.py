@@ -67,7 +67,7 @@ def identify(model: str, revision: str | None = None) -> ModelIdentity:
     quiet_libraries()
     refuse_missing_folder(model)
     try:
-        config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as exc:
         raise ModelError(f"cannot read the configuration of {model}: {first_line(exc)}") from exc
     architecture = (config.architectures or ["unknown"])[0]
@@ -127,7 +127,9 @@ def load_model(
     elif quantization == "int8":
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, trust_remote_code=False, **options
+        )
     except Exception as exc:
         raise ModelError(f"cannot load {model} ({quantization}, {dtype}, {place}): {first_line(exc)}") from exc
     _keep_weights_in_place(loaded)

@@ -36,7 +36,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     quiet_libraries()
     refuse_missing_folder(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as exc:
         # Anything from OSError to KeyError, depending on which file is missing or broken.
         raise TokenizerError(f"{model} has no usable tokenizer: {first_line(exc)}") from exc

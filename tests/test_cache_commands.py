@@ -12,7 +12,7 @@ import yaml
 import kdcache
 from kdcache.cache.reader import open_cache
 from kdcache.cache.subset import subset
-from kdcache.errors import CacheError, PlanMismatchError
+from kdcache.errors import CacheError, PlanMismatchError, StorageError, TransferError
 from kdcache.recipe import parse_recipe
 from kdcache.student.agreement import refuse_other_cache
 from kdcache.student.distill import distill
@@ -115,3 +115,53 @@ def test_the_library_shows_itself(shared_cache):
     with pytest.raises(KeyError, match="the splits are train"):
         cache["test"]
     assert {cache: 1}[cache] == 1
+
+
+def test_a_pin_holds_for_directories_too(shared_cache, tmp_path):
+    wrong = f"file://{shared_cache}#cache-id=deadbeefdead"
+    with pytest.raises(CacheError, match=r"holds the cache .* not deadbeefdead"):
+        kdcache.open_cache(wrong)
+    assert refused(kdcache_("verify", wrong), "not deadbeefdead")
+    own = kdcache.open_cache(shared_cache).id
+    assert kdcache.open_cache(f"file://{shared_cache}#cache-id={own[:16].upper()}").id == own
+    with pytest.raises(TransferError, match="names another cache id"):
+        kdcache.pull(wrong, tmp_path / "d", cache_id=own[:12])
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("push", "CACHE", "file://host/x"), "whole path"),
+        (("push", "CACHE", "file:relative"), "a URL has //"),
+        (("push", "CACHE", "CACHE/inner"), "within it"),
+        (("subset", "CACHE", "s3://bucket/part", "--split", "train"), "directory of this machine"),
+        (("merge", "CACHE", "CACHE", "s3://bucket/both"), "directory of this machine"),
+        (("repair", "https://host/cache"), "kdcache pull"),
+    ],
+)
+def test_addresses_that_cannot_be_meant(cache, monkeypatch, tmp_path, command, expected):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert refused(kdcache_(*(str(word).replace("CACHE", str(cache)) for word in command)), expected)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_spoilt_copy_is_seen_when_it_is_pushed_to_again(cache, tmp_path):
+    copy = tmp_path / "with space"
+    assert kdcache_("push", cache, f"file://{tmp_path}/with%20space").returncode == 0
+    shard = copy / "shards/00001.safetensors.zst"
+    data = bytearray(shard.read_bytes())
+    data[50] ^= 1
+    shard.write_bytes(data)
+    assert kdcache_("push", cache, copy).returncode == 0
+    assert kdcache_("verify", copy).returncode == 0
+
+
+def test_the_store_is_a_directory_of_this_machine(monkeypatch):
+    from kdcache.cache.store import store_home
+
+    monkeypatch.setenv("KDCACHE_HOME", "~/caches")
+    assert store_home() == Path("~/caches/store").expanduser()
+    monkeypatch.setenv("KDCACHE_HOME", "https://host/store")
+    with pytest.raises(StorageError, match="KDCACHE_HOME should be a directory"):
+        store_home()

@@ -112,7 +112,7 @@ class TeacherForward:
         chunk = max(1, LOGIT_BYTES // (4 * self.head.width))
         selected = []
         with _memory_enough_for(members):
-            for start in range(0, len(labels_P), chunk):
+            for start in range(0, max(1, len(labels_P)), chunk):
                 span = slice(start, start + chunk)
                 logits = self.head.logits(hidden_PD[span])
                 selected.append(select(logits, labels_P[span], None if drawn is None else drawn[span]))

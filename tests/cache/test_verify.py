@@ -75,7 +75,7 @@ def test_without_a_manifest_the_shards_are_checked_all_the_same(cache):
     flip(shard_path(cache, 0))
     found = examine(cache)
     assert [f.file for f in found.findings] == [layout.MANIFEST_FILE, name(0), name(4)]
-    assert "run kdcache teacher-cache again" in found.findings[0].problem
+    assert "the same command goes on where it stopped" in found.findings[0].problem
     assert layout.shard_name(4) not in found.findings[0].problem
     assert found.cache_id is None
     assert not found.whole
