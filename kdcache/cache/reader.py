@@ -154,6 +154,17 @@ class Cache(Mapping[str, "Split"]):
                 assert self._reader is not None
                 self._ahead[index] = self._reader.submit(self.load, index)
 
+    def look_over(self) -> None:
+        """Load every shard whose file has another size than the manifest states: damage that costs nothing to see is told
+        before hours of work, and not in the middle of them.
+
+        Raises:
+            CorruptCacheError: such a shard is damaged indeed.
+        """
+        for index, entry in enumerate(self.manifest.shards):
+            if shard_path(self.directory, index).stat().st_size != entry.bytes:
+                self.load(index)
+
     def load(self, index: int) -> ShardContent:
         """Shard ``index`` from disk, verified unless its file is the one that was verified before; not remembered.
 

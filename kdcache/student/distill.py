@@ -58,6 +58,7 @@ def distill(
         raise RecipeError("train-student needs the recipe section student")
     student, training = recipe.student, recipe.training
     cache = open_cache(recipe.cache.directory, progress=progress)
+    cache.look_over()
     refuse_other_cache(recipe, cache)
     for name in (TRAIN, VALIDATION):
         if name not in cache:

@@ -85,6 +85,15 @@ def test_a_damaged_shard_is_mended_once_where_somebody_can(cache):
     assert asked == [1]
 
 
+def test_a_shard_of_another_size_is_seen_at_once(cache):
+    opened = open_cache(cache)
+    opened.look_over()
+    path = shard_path(cache, 5)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptCacheError, match="00005"):
+        opened.look_over()
+
+
 def test_what_is_decoded_again_is_the_same(cache):
     opened = open_cache(cache)
     first, again = opened.load(2), opened.load(2)
