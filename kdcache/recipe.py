@@ -68,7 +68,9 @@ class DataSection(Section):
         "chat",
         description="chat: the tokenizer's chat template; plain: instruction, input and response separated by line breaks.",
     )
-    system: str | None = Field(None, max_length=4096, description="System message put before every conversation that has none.")
+    system: str | None = Field(
+        None, max_length=4096, description="System message put before every conversation that has none."
+    )
     date: str = Field(
         "2024-07-26",
         pattern=r"^\d{4}-\d{2}-\d{2}$",

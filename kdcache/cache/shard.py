@@ -158,7 +158,7 @@ def decompress(data: bytes, *, limit: int) -> bytes:
 
 def unpacked_limit(data: bytes) -> int:
     """Bytes that a frame of this size may hold: zeros pack 30,000 : 1, a teacher's distributions about 10 : 1."""
-    return min(layout.SHARD_LIMIT, max(layout.EXPANSION_FLOOR, layout.EXPANSION_LIMIT * len(data)))
+    return max(layout.EXPANSION_FLOOR, layout.EXPANSION_LIMIT * len(data))
 
 
 def frame_size(data: bytes) -> int:

@@ -114,11 +114,11 @@ class CacheWriter:
         """
         data = pack(encode(content, values=self.plan.selection.values), plan_digest=self._digest, index=index)
         path = shard_path(self.directory, index)
-        raw = frame_size(data)
-        if raw > unpacked_limit(data):
+        raw, limit = frame_size(data), min(layout.SHARD_LIMIT, unpacked_limit(data))
+        if raw > limit:
             raise CacheError(
                 f"shard {index} packs {raw:,} bytes into {len(data):,}, and a reader unpacks no more than "
-                f"{unpacked_limit(data):,} of that; lower the recipe key cache.positions_per_shard, in another directory"
+                f"{limit:,} of that; lower the recipe key cache.positions_per_shard, in another directory"
             )
         # What was just packed is read back as a stranger would, so that no shard is ever committed
         # that a reader refuses.
