@@ -43,7 +43,10 @@ def inspect(
     ] = None,
     temperature: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="T of the probabilities; the smallest declared one by default.", show_default=False),
+        typer.Option(
+            help="T of the choices and masses (p is always at 1); the smallest declared one by default.",
+            show_default=False,
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=100, help="Choices to name for each token.")] = 5,
     html: Annotated[

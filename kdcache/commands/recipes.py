@@ -150,7 +150,9 @@ def fidelity(
     ] = None,
     positions: Annotated[int, typer.Option(min=16, help="About how many positions to measure.")] = 2048,
     compare: Annotated[bool, typer.Option(help="Measure other settings beside the chosen one.")] = True,
-    output: Annotated[Path, typer.Option(help="Folder for fidelity.md, .json and .png.")] = Path("runs/fidelity"),
+    output: Annotated[Path, typer.Option(help="Folder for fidelity.md, .json and, with --compare, .png.")] = Path(
+        "runs/fidelity"
+    ),
 ) -> None:
     """How faithful a cache is per byte, or would be: its teacher is run again on a sample, in full."""
     from kdcache.errors import RecipeError
@@ -170,7 +172,7 @@ def fidelity(
     say(f"{report.title}; mass: exact entries, mean and first percentile; cos, error: of the student's gradient")
     say_table(text_table(FIDELITY_COLUMNS, fidelity_rows(report)))
     say_table(text_table(PARTS_COLUMNS, parts_rows(report)))
-    say("table, figures and plot: " + ", ".join(str(p) for p in write_fidelity(report, output)))
+    say("written: " + ", ".join(str(p) for p in write_fidelity(report, output)))
 
 
 @app.command()
