@@ -6,6 +6,7 @@ digest is the SHA-256 of its canonical JSON; a cache's id is the SHA-256 of its 
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import math
 from typing import Annotated, Literal, TypeVar
@@ -158,6 +159,10 @@ class ShardEntry(Strict):
     bytes: Count
     raw_bytes: Count
     entries: Count
+
+    def promises(self, data: builtins.bytes) -> bool:
+        """Whether these are the bytes of the shard's file."""
+        return len(data) == self.bytes and hashlib.sha256(data).hexdigest() == self.sha256
 
 
 class SplitSummary(Strict):

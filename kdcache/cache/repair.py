@@ -184,7 +184,7 @@ def _agreeing(directory: Path, plan: Plan, data: bytes, damaged: list[str]) -> M
         path = shard_path(directory, index)
         if f"{layout.SHARD_DIRECTORY}/{path.name}" in damaged:
             continue
-        if hashlib.sha256(read_file(path, limit=layout.SHARD_LIMIT)).hexdigest() != entry.sha256:
+        if not entry.promises(read_file(path, limit=layout.SHARD_LIMIT)):
             raise CorruptCacheError(f"{path} is a good shard and not the one of the copy's manifest")
     return manifest
 
@@ -225,8 +225,9 @@ def _shard_limit(manifest: Manifest | None, index: int) -> int:
 def _check_shard(data: bytes, plan: Plan, manifest: Manifest | None, index: int) -> None:
     """Hold a shard against the manifest, where there is one, and against the plan in any case."""
     if manifest is not None:
-        entry, found = manifest.shards[index], hashlib.sha256(data).hexdigest()
-        if found != entry.sha256:
+        entry = manifest.shards[index]
+        if not entry.promises(data):
+            found = hashlib.sha256(data).hexdigest()
             raise CorruptCacheError(
                 f"the copy's shard has SHA-256 {found[:12]}…, the manifest promises {entry.sha256[:12]}…: damaged there too, or "
                 f"the manifest here is (move {layout.MANIFEST_FILE} away and repair again: it follows from the shards)"
