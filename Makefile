@@ -10,7 +10,7 @@ FLAGS ?= --resume
 KDCACHE = $(VENV)/bin/kdcache
 READY = $(VENV)/.ready
 
-.PHONY: help setup embedded teacher-cache train-student evaluate inspect fidelity verify repair subset merge push pull test soak lint check constraints clean
+.PHONY: help setup embedded teacher-cache train-student evaluate inspect fidelity verify repair subset merge push pull test soak gpu lint check constraints clean
 
 help:  ## Show this list
 	@echo 'RECIPE=$(RECIPE) ARGS="key.path=value …" FLAGS="$(FLAGS)" CACHE=$(CACHE) RUN=$(RUN)'
@@ -72,6 +72,13 @@ lint: $(READY)  ## ruff and mypy --strict
 
 soak: $(READY)  ## The long robustness run: a thousand kills, a million damaged files (a quarter of an hour)
 	$(VENV)/bin/python benchmarks/robustness.py --soak
+
+# On a machine without a network: PYTHON_ENV is any interpreter that has the packages of pyproject.toml, with pytest and
+# pytest-timeout; nothing is set up or installed then, and kdcache is this checkout. What is deprecated there is no failure.
+# ARGS are the benchmark's: ARGS="--only steps --output gpu.md".
+gpu: $(if $(PYTHON_ENV),,$(READY))  ## GPU tests and benchmark; offline: PYTHON_ENV=python3
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON_ENV),$(VENV)/bin/python) -m pytest -m gpu -W default tests/gpu
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON_ENV),$(VENV)/bin/python) benchmarks/gpu.py $(ARGS)
 
 check: lint test  ## Everything that must be clean before a change is merged
 

@@ -251,7 +251,7 @@ def step_table(cache_directory: str, student: str, teacher: str, steps: int, bat
     from kdcache.cache.reader import open_cache
     from kdcache.models import attach_lora, load_model
     from kdcache.student.collate import Collator
-    from kdcache.student.sampler import epoch_order
+    from kdcache.student.sampler import EpochOrder
     from kdcache.student.trainer import DistillationTrainer, SplitDataset
 
     torch.set_num_threads(1)
@@ -309,7 +309,7 @@ def step_table(cache_directory: str, student: str, teacher: str, steps: int, bat
         "teacher in the loop, full logits": (trainer(LiveTrainer, plain), plain),
     }
     sizes = [cache.plan.shards[i].sequences for i in split.shards]
-    order = epoch_order(sizes, cache_id=cache.id, seed=0, epoch=0).tolist()
+    order = EpochOrder(sizes, cache_id=cache.id, seed=0, epoch=0).between(0, len(split)).tolist()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for step in range(steps + 2):
         indices = [order[(step * batch + i) % len(order)] for i in range(batch)]

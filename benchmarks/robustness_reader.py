@@ -24,7 +24,7 @@ import numpy as np
 from kdcache.cache.codec import ShardContent
 from kdcache.cache.reader import Split, open_cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.student.sampler import epoch_order
+from kdcache.student.sampler import EpochOrder
 from tests.hostile.files import ATTACKS
 from tests.hostile.pool import HANG_SECONDS, Tally, run
 from tests.hostile.probe import LIMIT_MEBIBYTES, LIMIT_SECONDS, Cost, memory, probe
@@ -181,9 +181,14 @@ def _read_epochs(directory: str, order: str, epochs: int) -> None:
     split = cache.split("train")
     sizes = [cache.plan.shards[i].sequences for i in split.shards]
     for epoch in range(epochs):
-        _read(split, epoch_order(sizes, cache_id=cache.id, seed=0, epoch=epoch).tolist() if order == "random" else None)
+        _read(split, _order(sizes, cache.id, epoch) if order == "random" else None)
         after.append(memory("VmRSS"))
     print(json.dumps((before, after, memory("VmHWM"))))
+
+
+def _order(sizes, cache_id, epoch):
+    order = EpochOrder(sizes, cache_id=cache_id, seed=0, epoch=epoch)
+    return order.between(0, len(order)).tolist()
 
 
 def _read(split: Split, order: Sequence[int] | None) -> None:

@@ -45,7 +45,8 @@ def main() -> None:
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
     except KdcacheError as exc:
-        _fail(f"error: {exc}", 2)
+        rank = os.environ.get("RANK", "0")
+        _fail(f"error: {exc}" if rank == "0" else f"error in process {rank}: {exc}", 2)
     except KeyboardInterrupt:
         _fail(
             "stopped; what is committed stays, run the same command again (train-student with --resume) to go on",

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import DeviceError, ModelError
+from kdcache.devices import own_gpu, refuse_absent_attention, resolve_device
+from kdcache.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -39,21 +40,6 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` becomes cuda where there is one, else cpu.
-
-    Raises:
-        DeviceError: CUDA is asked for and absent.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device cuda is asked for, but torch sees no CUDA device; use device auto or cpu")
-    return device
 
 
 def identify(model: str, revision: str | None = None) -> ModelIdentity:
@@ -94,6 +80,7 @@ def load_model(
     quantization: str = "none",
     dtype: str = "bfloat16",
     device: str = "auto",
+    attention: str = "auto",
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode on its device.
 
@@ -103,20 +90,24 @@ def load_model(
         quantization: ``nf4`` (4-bit NormalFloat with double quantisation, QLoRA, Dettmers et al. 2023,
             https://arxiv.org/abs/2305.14314), ``int8`` (LLM.int8()) or ``none``.
         dtype: ``bfloat16``, ``float16`` or ``float32``: arithmetic and unquantised weights.
-        device: ``auto``, ``cuda`` or ``cpu``.
+        device: ``auto``, ``cuda`` or ``cpu``. Where a launcher started several processes, CUDA is each one's own GPU.
+        attention: transformers' ``attn_implementation``; ``auto`` leaves it to transformers.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or not with that attention.
         DeviceError: the device is absent.
     """
     import torch
     import transformers
 
     quiet_libraries()
-    place = resolve_device(device)
+    place = own_gpu(resolve_device(device))
     refuse_missing_folder(model)
     compute: torch.dtype = getattr(torch, effective_dtype(quantization, dtype))
     options: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
+    if attention != "auto":
+        refuse_absent_attention(attention, place, compute)
+        options["attn_implementation"] = attention
     if quantization == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -131,7 +122,9 @@ def load_model(
             model, revision=revision, trust_remote_code=False, **options
         )
     except Exception as exc:
-        raise ModelError(f"cannot load {model} ({quantization}, {dtype}, {place}): {first_line(exc)}") from exc
+        raise ModelError(
+            f"cannot load {model} ({quantization}, {dtype}, {place}, attention {attention}): {first_line(exc)}"
+        ) from exc
     _keep_weights_in_place(loaded)
     loaded.config.use_cache = False
     loaded.eval()
@@ -140,22 +133,55 @@ def load_model(
 
 
 def attach_lora(
-    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, targets: str | list[str], quantized: bool
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: str | list[str],
+    quantized: bool,
+    dora: bool = False,
+    rslora: bool = False,
 ) -> PreTrainedModel:
     """Freeze the base and add LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) through peft.
 
     A quantised base is prepared as QLoRA does: what is not quantised (norms, embeddings, head) goes to
     float32.
 
+    Args:
+        model: the base.
+        r: rank.
+        alpha: the update is multiplied by ``alpha / r``.
+        dropout: of the adapter's input.
+        targets: names of the modules that get an adapter, or ``all-linear``.
+        quantized: whether the base is.
+        dora: learn each weight's magnitude apart from its direction (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+        rslora: multiply by ``alpha / sqrt(r)`` instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+
     Raises:
-        ModelError: no module bears one of the target names.
+        ModelError: no module bears one of the target names, or DoRA on an int8 base on the CPU.
     """
+    import bitsandbytes
     import peft
 
+    if (
+        dora
+        and model.device.type == "cpu"
+        and any(isinstance(m, bitsandbytes.nn.Linear8bitLt) for m in model.modules())
+    ):
+        # peft copies the weights to look at them, and the scales of LLM.int8() do not survive that on a CPU.
+        raise ModelError("student.lora.dora needs CUDA where student.quantization is int8; use nf4 or none")
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = peft.LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+        use_dora=dora,
+        use_rslora=rslora,
     )
     try:
         adapted: PreTrainedModel = peft.get_peft_model(model, config)

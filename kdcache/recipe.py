@@ -16,6 +16,7 @@ from kdcache.cache.layout import SHARD_LIMIT
 from kdcache.errors import RecipeError
 from kdcache.recipe_keys import explain
 from kdcache.recipe_selection import Section, SelectionSection
+from kdcache.recipe_training import LossSection, TrainingSection
 from kdcache.recipe_yaml import read_values
 
 # Bytes of an entry before compression, and how many of them compression makes one of as a rule; the writer checks.
@@ -115,6 +116,8 @@ class LoraSection(Section):
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="Module names, or all-linear for every linear layer but the head."
     )
+    dora: bool = Field(False, description="DoRA: direction by LoRA, magnitude learnt apart.")
+    rslora: bool = Field(False, description="rsLoRA: updates are multiplied by alpha / sqrt(r).")
 
 
 class StudentSection(Section):
@@ -125,77 +128,15 @@ class StudentSection(Section):
     quantization: Quantization = Field("nf4", description="nf4 (QLoRA), int8 or none.")
     dtype: Dtype = Field("bfloat16", description="Unquantised weights; float32 for full fine-tuning.")
     device: Device = Field("auto", description="auto takes CUDA where there is one.")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="Implementation of attention; auto takes transformers' choice."
+    )
     lora: LoraSection | None = Field(default_factory=LoraSection, description="null trains every weight.")
 
     @model_validator(mode="after")
     def _trainable(self) -> StudentSection:
         if self.lora is None and self.quantization != "none":
             raise ValueError("student.lora is null (full fine-tuning), which needs student.quantization none")
-        return self
-
-
-class LossSection(Section):
-    """ce_weight * CE + kd_weight * temperature^2 * divergence(teacher_T, student_T)."""
-
-    temperature: float = Field(2.0, gt=0, le=100, description="T of the KL term.")
-    ce_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy with the label.")
-    kd_weight: float = Field(0.5, ge=0, description="Weight of the KL term, before T squared.")
-    reduction: Literal["mean", "sum"] = Field(
-        "mean",
-        description="mean: per valid token of the whole accumulation window; sum: summed over tokens, averaged over "
-        "micro-batches.",
-    )
-    divergence: Literal["forward_kl", "soft_ce", "reverse_kl", "jsd"] = Field(
-        "forward_kl",
-        description="forward_kl: KL(teacher, student); soft_ce: the same plus the teacher's entropy; reverse_kl and jsd: "
-        "over the kept entries and one bucket for the rest.",
-    )
-    beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of jsd.")
-    tail: Literal["auto", "lumped", "renormalised"] = Field(
-        "auto",
-        description="Mass outside the exact entries. lumped: one bucket with its exact mass; renormalised: ignored, the "
-        "exact entries scaled to 1 (biased, for comparison); auto: the drawn entries where the cache has them and the "
-        "divergence is forward_kl or soft_ce, otherwise lumped.",
-    )
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> LossSection:
-        if self.ce_weight == 0 and self.kd_weight == 0:
-            raise ValueError("loss.ce_weight and loss.kd_weight are both 0: nothing to learn")
-        if self.tail == "renormalised" and self.divergence in ("reverse_kl", "jsd"):
-            raise ValueError(f"loss.divergence {self.divergence} needs the mass outside: loss.tail auto or lumped")
-        return self
-
-
-class TrainingSection(Section):
-    """How long and how fast; the names of transformers.TrainingArguments, shortened."""
-
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    epochs: float = Field(3.0, gt=0, description="Passes over the train split.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 lets epochs decide.")
-    batch_size: int = Field(8, ge=1, description="Sequences per device and forward pass.")
-    accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
-    clip: float | None = Field(0.5, gt=0, description="Largest gradient norm; null does not clip.")
-    optimizer: str = Field("paged_adamw_8bit", description="A name of transformers' optim.")
-    schedule: str = Field("linear", description="A name of transformers' lr_scheduler_type.")
-    warmup: float = Field(
-        0.0, ge=0, description="Warm-up: a fraction of the steps below 1, a number of steps from 1 on."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Autocast of the training step.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
-    logging_steps: int = Field(10, ge=1, description="Steps between two log lines.")
-    save_steps: int = Field(200, ge=1, description="Steps between two checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are removed.")
-    report_to: list[str] = Field(
-        default_factory=list,
-        description="Further loggers of transformers (tensorboard, wandb); log.csv is always written.",
-    )
-
-    @model_validator(mode="after")
-    def _whole_warmup(self) -> TrainingSection:
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError("training.warmup of 1 or more is a number of steps and should be whole")
         return self
 
 

@@ -22,17 +22,26 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    """The section that a key holds, or may leave out; a key that takes a plain value as well is no section."""
+    candidates = [c for c in getattr(annotation, "__args__", (annotation,)) if c is not type(None)]
+    section = candidates[0]
+    return section if len(candidates) == 1 and isinstance(section, type) and issubclass(section, BaseModel) else None
 
 
 def explain(exc: ValidationError, model: type[BaseModel]) -> str:
     """One line for the first thing wrong: the key, what was expected, and for an unknown key the nearest known one."""
     # Unknown keys first: they usually are the cause of what else is wrong.
-    errors = sorted(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    # Of what was wrong with a number and with a ramp, the one that was meant.
+    meant = [
+        e
+        for e in exc.errors()
+        if not (e["loc"][-1:] == ("float",) and isinstance(e["input"], dict)) and e["type"] != "model_type"
+    ]
+    errors = sorted(meant, key=lambda e: e["type"] != "extra_forbidden")
     error = errors[0]
     path = [str(p) for p in error["loc"]]
-    key = ".".join(p for p in path if not p.startswith(("literal[", "list[")))
+    # A number or a ramp: pydantic names which of the two it tried.
+    key = ".".join(p for p in path if not p.startswith(("literal[", "list[")) and p not in ("float", "Ramp"))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if error["type"] == "extra_forbidden":
         known = [*recipe_keys(model), *model.model_fields]

@@ -77,9 +77,10 @@ def loss_plot(log: list[dict[str, float]], path: Path, *, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [row["step"] for row in log]
+    trained = [row for row in log if "loss" in row]
+    steps = [row["step"] for row in trained]
     figure, (total, parts) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
-    losses = [row["loss"] for row in log]
+    losses = [row["loss"] for row in trained]
     total.plot(steps, losses, color="0.75", linewidth=1, label="as logged")
     total.plot(steps, smoothed(steps, losses), color="C0", label=f"mean of {SMOOTHING_STEPS} steps")
     total.set_ylabel("total loss")
@@ -92,6 +93,13 @@ def loss_plot(log: list[dict[str, float]], path: Path, *, title: str) -> None:
             axis = parts if key == "ce" else other
             axis.plot([p[0] for p in points], [p[1] for p in points], color=color)
             axis.set_ylabel(f"{label}, nats per token", color=color)
+    evaluated = [(row["step"], row["eval_loss"]) for row in log if "eval_loss" in row]
+    if evaluated:
+        label = "CE on the validation split"
+        parts.plot(
+            [p[0] for p in evaluated], [p[1] for p in evaluated], color="k", marker="o", markersize=3, label=label
+        )
+        parts.legend(frameon=False)
     parts.set_xlabel("optimizer step")
     other.spines["top"].set_visible(False)
     for axis in (total, parts):

@@ -8,6 +8,7 @@ from kdcache.console import byte_size, number_list
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
+    from kdcache.student.estimate import TrainingEstimate
     from kdcache.teacher.capture import CaptureResult
     from kdcache.teacher.estimate import Estimate
 
@@ -23,6 +24,58 @@ def estimate_lines(e: Estimate) -> list[str]:
         f"  time    {e.seconds:,.0f} s, {e.positions / e.seconds:,.0f} positions/s",
         f"  memory  {byte_size(e.memory_bytes)} of {e.memory_of} memory at the peak",
     ]
+
+
+def training_lines(e: TrainingEstimate) -> list[str]:
+    """What a dry run of a training predicts."""
+    p, plan, probe = e.parameters, e.batches, e.measured
+    lora = e.student.lora
+    how = "all of them" if lora is None else f"LoRA of rank {lora.r}"
+    stored = (
+        f", {p.quantised:,} in {e.student.quantization} ({p.quantised_layers} linear layers)" if p.quantised else ""
+    )
+    about, cut = ("", "") if e.cut_to is None else ("about ", f", cut to {e.cut_to} tokens")
+    share = plan.global_batch / plan.sequences
+    epochs = e.steps / plan.steps
+    processes = f" x {plan.world} processes" if plan.world > 1 else ""
+    lines = [
+        f"student     {e.architecture} of {e.layers} layers, {p.total:,} parameters{stored}; {p.trained:,} trained ({how})",
+        f"data        {plan.sequences:,} sequences{cut}, {about}{e.tokens:,} tokens and {e.positions:,} targets per epoch",
+        f"steps       {e.steps:,} ({epochs:.3g} epochs of {plan.steps:,}) of {plan.global_batch} sequences ({plan.batch_size} x "
+        f"{plan.accumulation}{processes}), about {e.tokens * share:,.0f} tokens and {e.positions * share:,.0f} targets each",
+    ]
+    if probe is not None and e.step_seconds is not None and e.training_seconds is not None:
+        scoring = e.evaluations * (e.evaluation_seconds or 0.0)
+        lines.append(
+            f"time        {e.step_seconds:.3g} s per step, {e.tokens * share / plan.world / e.step_seconds:,.0f} tokens/s"
+            f"{' per process' if plan.world > 1 else ''}; {duration(e.training_seconds)} in all, and {duration(scoring)} for "
+            f"{e.evaluations} evaluations"
+        )
+    known = {name: size for name, size in e.memory.items() if size is not None}
+    place = (
+        ""
+        if probe is None
+        else f", at the largest of the forward passes looked at ({probe.largest[0]} x {probe.largest[1]} tokens)"
+    )
+    lines.append(f"memory      {byte_size(sum(known.values()))}{' per process' if plan.world > 1 else ''}{place}")
+    lines += [f"  {name:20} {'not known' if size is None else byte_size(size)}" for name, size in e.memory.items()]
+    if e.checkpoint_bytes is not None:
+        lines.append(
+            f"disk        {byte_size(e.checkpoint_bytes)} per checkpoint, at most {e.keep_checkpoints} at a time"
+        )
+    if probe is not None:
+        lines.append(
+            f"measured on one and two layers with random weights, in {probe.timed} forward passes each; time to load, to write "
+            "checkpoints and between processes is not counted"
+        )
+    return lines + [f"note: {remark}" for remark in e.remarks]
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def capture_lines(result: CaptureResult) -> tuple[list[str], str | None]:

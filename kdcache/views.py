@@ -42,7 +42,7 @@ class TorchView(Dataset[Tensors]):
     Item ``i`` is what `Collator` makes of sequence ``i`` alone, without the axis of the batch: ``input_ids``,
     ``attention_mask`` and ``labels`` (int64 ``[L]``), ``teacher_ids`` (int64 ``[P, K]``), ``teacher_log_probs`` (float32
     ``[P, K]``, ``-inf`` in places that only fill a row), ``teacher_log_tail`` (float32 ``[P]``, log of ``rho``), where
-    entries are drawn ``teacher_log_weights`` (float32 ``[P, K]``, log of ``w``), and ``sequence_index`` (int64, a scalar).
+    entries are drawn ``teacher_log_weights`` (float32 ``[P, K]``, log of ``w``), ``sequence_index`` and ``sequence_targets``, the number of its rows (int64, scalars).
     """
 
     def __init__(self, split: Split, collator: Collator) -> None:
@@ -75,7 +75,8 @@ class TorchView(Dataset[Tensors]):
                 rows = [pad(r, (0, width - r.shape[1]), value=filler) for r in rows]
             if rows:
                 batch[key] = torch.cat(rows)
-        return {**batch, "sequence_index": torch.stack([item["sequence_index"] for item in items])}
+        own = {key: torch.stack([item[key] for item in items]) for key in ("sequence_index", "sequence_targets")}
+        return {**batch, **own}
 
 
 def to_torch(split: Split, *, temperature: float | None = None, tail: Tail = "auto") -> TorchView:

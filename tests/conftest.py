@@ -60,6 +60,7 @@ def base_values(models, tmp_path_factory):
             "gradient_checkpointing": False,
             "logging_steps": 2,
             "save_steps": 4,
+            "workers": 0,
         },
     }
 

@@ -43,6 +43,16 @@ class CachedSequence:
     targets: NDArray[np.bool_]
     rows: SparseRows
 
+    def cut(self, max_length: int | None) -> CachedSequence:
+        """Its first ``max_length`` tokens with their rows, as views; itself where it is no longer than that.
+
+        What is left may have no target; a sequence tokenised at that length would then have been dropped.
+        """
+        if max_length is None or len(self.token_ids) <= max_length:
+            return self
+        targets = self.targets[:max_length]
+        return CachedSequence(self.token_ids[:max_length], targets, self.rows.slice(0, int(targets.sum())))
+
 
 @dataclass(frozen=True)
 class ShardContent:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.codec import CachedSequence, ShardContent, sequence_digest
+from kdcache.cache.codec import ShardContent, sequence_digest
 from kdcache.cache.derive import DerivedCache, cut_shards, joined, noted, refuse_too_many, write_derived
 from kdcache.cache.manifest import Derivation, Plan, SplitPlan
 from kdcache.cache.reader import Cache, Split
@@ -88,7 +88,7 @@ def subset(
         shard = plan.shards[index]
         part = chosen[shard.split]
         numbers = part.origin[shard.start : shard.start + shard.sequences].tolist()
-        content = joined([_cut(part.parent[i], max_length) for i in numbers])
+        content = joined([part.parent[i].cut(max_length) for i in numbers])
         return content if k is None else replace(content, rows=keep_largest(content.rows, k))
 
     return write_derived(destination, plan, cache.vocabulary(), content_of, progress)
@@ -162,13 +162,6 @@ def _with_fewer(selection: SelectionPlan, k: int) -> SelectionPlan:
     return selection.model_copy(update={"k": k, "bytes_per_position": None})
 
 
-def _cut(sequence: CachedSequence, max_length: int | None) -> CachedSequence:
-    if max_length is None or len(sequence.token_ids) <= max_length:
-        return sequence
-    targets = sequence.targets[:max_length]
-    return CachedSequence(sequence.token_ids[:max_length], targets, sequence.rows.slice(0, int(targets.sum())))
-
-
 def _read(
     parents: list[Split], sequences: tuple[int | None, int | None], max_length: int | None, progress: Progress
 ) -> list[_Chosen]:
@@ -186,7 +179,7 @@ def _read_split(parent: Split, span: range, max_length: int | None, progress: Pr
     digest, shortened, kept = hashlib.sha256(), 0, 0
     for number in span:
         whole = parent[number]
-        sequence = _cut(whole, max_length)
+        sequence = whole.cut(max_length)
         progress.advance(1)
         if not sequence.targets.any():
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -86,6 +87,11 @@ def console_progress() -> Progress:
 
     console = Console(stderr=False)
     return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first, or the only, of the processes that a launcher started; it speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from kdcache.commands.app import (
     chosen_recipe,
     console_progress,
     is_complete,
+    is_first_process,
     ready_embedded,
     say,
     say_lines,
@@ -106,14 +107,40 @@ def train_student(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Predict steps, time, memory and disk from the student's configuration and a probe of one and two layers; "
+            "nothing is trained or written.",
+        ),
+    ] = False,
 ) -> None:
-    """Train a student from a cache and print the result table."""
-    chosen, progress = chosen_recipe(recipe, overrides), console_progress()
+    """Train a student from a cache and print the result table; torchrun and accelerate launch start it on several GPUs."""
+    from kdcache.progress import Silent
+
+    chosen, progress = chosen_recipe(recipe, overrides), console_progress() if is_first_process() else Silent()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _refuse_to_make_models(chosen, recipe)
     ready_embedded(chosen, progress)
+    if dry_run:
+        from kdcache.student.estimate import estimate_training
+        from kdcache.student.processes import leave
+        from kdcache.summary import training_lines
+
+        lines = training_lines(estimate_training(chosen, progress))
+        leave()
+        if is_first_process():
+            say_lines(lines)
+        return
     from kdcache.report import write_pages
     from kdcache.student.distill import distill
+    from kdcache.student.processes import leave
 
     record = distill(chosen, resume=resume, overwrite=overwrite, progress=progress)
+    leave()
+    if not is_first_process():
+        return
     pages = write_pages(record)
     say_scores(record)
     say(f"student in {record.output / 'model'}; record, log and plot: " + ", ".join(

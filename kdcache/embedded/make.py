@@ -155,7 +155,7 @@ def _make_model(
 ) -> None:
     import transformers
 
-    from kdcache.student.trainer import ProgressCallback
+    from kdcache.student.progress_callback import ProgressCallback
 
     quiet_libraries()
     transformers.set_seed(seed)

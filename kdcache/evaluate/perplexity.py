@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import count, islice
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kdcache.cache.reader import Cache, Split
+from kdcache.errors import TrainingError
 from kdcache.progress import Progress, Silent
 from kdcache.student.collate import Collator, uses_draws
 from kdcache.student.forward import loss_sums
@@ -63,9 +66,20 @@ class Score:
         }
 
 
-def teacher_score(split: Split) -> Score:
-    """The teacher on the labels of a split, from the manifest's totals."""
-    return Score(split.summary.teacher_nll, 0.0, split.summary.positions, kl_temperature(split.cache))
+def teacher_score(split: Split, *, max_length: int | None = None) -> Score:
+    """The teacher on the labels of a split: the manifest's totals, or the rows of what is left at ``max_length``.
+
+    Raises:
+        TrainingError: no sequence has a target within ``max_length`` tokens.
+    """
+    if max_length is None:
+        return Score(split.summary.teacher_nll, 0.0, split.summary.positions, kl_temperature(split.cache))
+    nll, tokens = 0.0, 0
+    for sequence in split:
+        rows = sequence.cut(max_length).rows
+        nll, tokens = nll - float(rows.label_log_prob.sum(dtype=np.float64)), tokens + len(rows)
+    _refuse_nothing(tokens, split, max_length)
+    return Score(nll, 0.0, tokens, kl_temperature(split.cache))
 
 
 def kl_temperature(cache: Cache) -> float:
@@ -79,24 +93,41 @@ def student_score(
     split: Split,
     *,
     batch_size: int,
+    max_length: int | None = None,
     precision: str = "fp32",
     what: str = "student",
+    share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> Score:
-    """A student on a split, under the autocast of ``precision``; leaves the model in the mode it was in."""
+    """A student on a split, under the autocast of ``precision``; leaves the model in the mode it was in.
+
+    Sequences are cut to ``max_length`` tokens, and those left without a target are passed over: batches and score are
+    those of a cache that was made at this length. With a ``share`` of ``(rank, world)`` the processes take turns, and all of
+    them get the whole score.
+
+    Raises:
+        TrainingError: no sequence has a target within ``max_length`` tokens.
+    """
     progress = progress or Silent()
     cache = split.cache
     temperature = kl_temperature(cache)
-    collate = Collator(cache.plan.tokenizer.pad_id, temperature)
+    collate = Collator(cache.plan.tokenizer.pad_id, temperature, max_length=max_length)
     was_training = model.training
     model.eval()
-    ce = kl = 0.0
-    tokens = 0
+    scores = torch.zeros(3, dtype=torch.float64)
     progress.begin(f"evaluate {what}", split.summary.positions, "tokens")
     try:
-        for start in range(0, len(split), batch_size):
-            pairs = [(i, split[i]) for i in range(start, min(start + batch_size, len(split)))]
-            batch: dict[str, Any] = {k: v.to(model.device) for k, v in collate(pairs).items()}
+        scored = ((i, s) for i, s in enumerate(split) if s.targets[:max_length].any())
+        for number in count():
+            pairs = list(islice(scored, batch_size))
+            if not pairs:
+                break
+            # Of the whole sequences: what is left of them is known only once all are read.
+            done = sum(len(s.rows) for _, s in pairs)
+            if number % share[1] != share[0]:
+                progress.advance(done)
+                continue
+            batch = {k: v.to(model.device) for k, v in collate(pairs).items()}
             with torch.autocast(model.device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
                 sums = loss_sums(
                     model,
@@ -107,10 +138,23 @@ def student_score(
                     ce_weight=1.0,
                     kd_weight=1.0,
                 )
-            count = len(batch["teacher_log_tail"])
-            ce, kl, tokens = ce + float(sums.ce), kl + float(sums.divergence), tokens + count
-            progress.advance(count, f"perplexity {math.exp(min(ce / tokens, 700.0)):.3f}")
+            scores = scores + torch.tensor(
+                [sums.ce, sums.divergence, len(batch["teacher_log_tail"])], dtype=torch.float64
+            )
+            progress.advance(done, f"perplexity {math.exp(min(float(scores[0] / scores[2]), 700.0)):.3f}")
     finally:
         progress.end()
         model.train(was_training)
-    return Score(ce, kl, tokens, temperature, not uses_draws(cache.plan.design(split.number), temperature))
+    if share[1] > 1:
+        scores = scores.to(model.device)
+        torch.distributed.all_reduce(scores)
+    ce, kl, tokens = scores.tolist()
+    _refuse_nothing(int(tokens), split, max_length)
+    return Score(ce, kl, int(tokens), temperature, not uses_draws(cache.plan.design(split.number), temperature))
+
+
+def _refuse_nothing(tokens: int, split: Split, max_length: int | None) -> None:
+    if not tokens:
+        raise TrainingError(
+            f"no sequence of split {split.name} has a target within its first {max_length} tokens; raise training.max_length"
+        )

@@ -37,11 +37,17 @@ def score_saved_run(path: Path, *, batch_size: int = 8, progress: Progress | Non
     student = recipe.student
     if student is None:
         raise TrainingError(f"{path / 'run.json'} names no student")
-    validation = cache.split(VALIDATION)
+    validation, length = cache.split(VALIDATION), recipe.training.max_length
 
     def score(model: PreTrainedModel, name: str) -> Score:
         return student_score(
-            model, validation, batch_size=batch_size, precision=recipe.training.precision, what=name, progress=progress
+            model,
+            validation,
+            batch_size=batch_size,
+            max_length=length,
+            precision=recipe.training.precision,
+            what=name,
+            progress=progress,
         )
 
     model = load_student(student)
@@ -53,5 +59,5 @@ def score_saved_run(path: Path, *, batch_size: int = 8, progress: Progress | Non
         with adapted.disable_adapter():
             before = score(adapted, "student before")
         after = score(adapted, "student after")
-    scores = {"student before": before, "student after": after, "teacher": teacher_score(validation)}
+    scores = {"student before": before, "student after": after, "teacher": teacher_score(validation, max_length=length)}
     return RunRecord(path, {**record.values, "scores": {k: v.as_record() for k, v in scores.items()}})

@@ -10,6 +10,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import CacheError, PlanMismatchError
 from kdcache.models import effective_dtype
 from kdcache.recipe import Recipe
+from kdcache.recipe_training import Scheduled, span_of
 
 TRAIN, VALIDATION = "train", "validation"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -78,15 +79,16 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
         )
 
 
-def refuse_low_temperature(temperature: float, cache: Cache) -> None:
-    """The teacher can be rebuilt at every temperature from the smallest declared one up.
+def refuse_low_temperature(temperature: Scheduled, cache: Cache) -> None:
+    """The teacher can be rebuilt at every temperature from the smallest declared one up; a schedule should stay there.
 
     Raises:
         CacheError: the temperature is below.
     """
-    if temperature < min(cache.temperatures):
+    lowest, _ = span_of(temperature)
+    if lowest < min(cache.temperatures):
         raise CacheError(
-            f"loss.temperature {temperature:g} is below the cache's smallest declared temperature "
+            f"loss.temperature {lowest:g} is below the cache's smallest declared temperature "
             f"{min(cache.temperatures):g}; raise it, or make a cache whose selection.temperatures include it"
         )
 

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from kdcache.errors import DeviceError, RecipeError, TrainingError
-from kdcache.models import resolve_device
-from kdcache.recipe import TrainingSection
+from kdcache.devices import resolve_device
+from kdcache.errors import DeviceError, RecipeError
+from kdcache.recipe_training import TrainingSection
 
 
 def training_arguments(
-    training: TrainingSection, *, device: str, seed: int, checkpoints: Path
+    training: TrainingSection,
+    *,
+    device: str,
+    seed: int,
+    checkpoints: Path,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> transformers.TrainingArguments:
-    """Arguments for one process.
+    """Arguments for this process, of one or of several; ``tell`` is given what is not to be had and what is taken instead.
 
     Raises:
         DeviceError: the precision is not to be had on the device.
         RecipeError: transformers knows no such optimizer, schedule or logger.
-        TrainingError: several processes were started.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError(
-            "train-student runs in one process in this version, found WORLD_SIZE "
-            f"{os.environ['WORLD_SIZE']}; start it without torchrun or accelerate launch"
-        )
     place = resolve_device(device)
     if training.precision == "fp16" and place == "cpu":
         raise DeviceError("training.precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
     if training.precision == "bf16" and place == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise DeviceError("this GPU has no bfloat16 arithmetic; use training.precision=fp16")
+    if training.tf32 and (place == "cpu" or torch.cuda.get_device_capability()[0] < 8):
+        raise DeviceError("training.tf32 needs an NVIDIA GPU of the Ampere generation or newer; leave it out")
     fields = transformers.TrainingArguments.__dataclass_fields__
     # The key was renamed; older releases only know the second name.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
@@ -41,27 +43,45 @@ def training_arguments(
         checkpointing: training.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
     }
+    if training.tf32:
+        options["tf32"] = True
+    if training.eval_steps is not None:
+        options |= {
+            "eval_strategy": "steps",
+            "eval_steps": training.eval_steps,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "load_best_model_at_end": training.keep_best,
+        }
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         arguments = transformers.TrainingArguments(
             output_dir=str(checkpoints),
             per_device_train_batch_size=training.batch_size,
+            per_device_eval_batch_size=training.batch_size,
             gradient_accumulation_steps=training.accumulation,
             num_train_epochs=training.epochs,
             max_steps=training.max_steps,
             learning_rate=training.learning_rate,
             lr_scheduler_type=training.schedule,
             warmup_steps=training.warmup,
-            optim=training.optimizer,
+            optim=optimizer_for(training.optimizer, place, tell),
             weight_decay=training.weight_decay,
             max_grad_norm=training.clip or 0.0,
             bf16=training.precision == "bf16",
             fp16=training.precision == "fp16",
             logging_steps=training.logging_steps,
-            logging_nan_inf_filter=False,
+            # The loss of a step that is left out should not hide the others'.
+            logging_nan_inf_filter=training.skip_nonfinite > 0,
             save_steps=training.save_steps,
             save_total_limit=training.keep_checkpoints,
+            restore_callback_states_from_checkpoint=True,
             seed=seed,
             use_cpu=place == "cpu",
+            ddp_backend="gloo" if place == "cpu" and several else None,
+            ddp_find_unused_parameters=False,
+            torch_compile=training.compile,
+            dataloader_num_workers=training.workers,
             dataloader_pin_memory=place == "cuda",
             remove_unused_columns=False,
             label_names=["labels"],
@@ -76,3 +96,33 @@ def training_arguments(
     _ = arguments.n_gpu
     arguments._n_gpu = min(1, arguments._n_gpu)
     return arguments
+
+
+def optimizer_for(name: str, place: str, tell: Callable[[str], None]) -> str:
+    """The optimizer, or the nearest one where its kind is not to be had; what is done instead is told in words."""
+    if "8bit" not in name and not name.startswith("paged_"):
+        return name
+    problem = _problem_of_bitsandbytes(place)
+    if problem is not None:
+        fallback = "rmsprop" if "rmsprop" in name else "adamw_torch"
+        tell(
+            f"{name} needs bitsandbytes' optimizers, which fail on this {place} ({problem}); {fallback} is used instead"
+        )
+        return fallback
+    if name.startswith("paged_") and place == "cpu":
+        tell(f"{name} pages its state to host memory; on the CPU that is where it lies anyway")
+    return name
+
+
+def _problem_of_bitsandbytes(place: str) -> str | None:
+    """Why its 8-bit optimizers cannot make a step here, or None."""
+    try:
+        import bitsandbytes
+
+        # Smaller tensors keep their state in 32 bits, and would prove nothing.
+        parameter = torch.nn.Parameter(torch.zeros(8192, device=place))
+        parameter.grad = torch.ones_like(parameter)
+        bitsandbytes.optim.AdamW8bit([parameter]).step()
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError) as exc:
+        return f"{type(exc).__name__}: {' '.join(str(exc).split())[:120]}"
+    return None

@@ -1,4 +1,4 @@
-"""Cached sequences -> one padded batch of tensors.
+"""Cached sequences -> one batch of tensors, padded or packed.
 
 Positions follow one rule: row ``i`` of the teacher predicts token ``i + 1``. The batch keeps the rows of
 all sequences end to end, in the order in which ``labels[:, 1:] != -100`` meets them.
@@ -27,47 +27,106 @@ class Collator:
     """Makes batches at one temperature.
 
     Args:
-        pad_id: token that fills short sequences; masked.
-        temperature: the T at which the teacher's log-probabilities are wanted.
+        pad_id: token that fills what is left of a row; nothing is learnt from it, and nothing sees it.
+        temperature: the T at which the teacher's log-probabilities are wanted, unless a call says otherwise.
         tail: the mass outside the exact entries. ``auto``: drawn entries where the rows have them, up to the largest declared temperature, otherwise one bucket;
             ``lumped``: one bucket with its exact mass; ``renormalised``: ignored.
+        max_length: longer sequences are cut at the end, as if the cache had been made at this length. One that is left
+            without a target stays in the batch and counts for nothing. (Entries drawn at random are other draws than that
+            cache would hold, as good as those; a share of positions was chosen from the whole sequence.)
+        packed: lay the sequences into as few rows as possible, instead of one row each. Rows are at most ``max_length``
+            long, or as long as the longest sequence; see `kdcache.student.packing` for what keeps them apart.
     """
 
     pad_id: int
     temperature: float
     tail: Tail = "auto"
+    max_length: int | None = None
+    packed: bool = False
 
-    def __call__(self, sequences: Sequence[tuple[int, CachedSequence]]) -> dict[str, torch.Tensor]:
-        """Batch of ``(index, sequence)`` pairs.
+    def __call__(
+        self, sequences: Sequence[tuple[int, CachedSequence]], temperature: float | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Batch of ``(index, sequence)`` pairs. A negative index stands for a forward pass from which nothing is learnt.
+
+        Args:
+            sequences: at least one pair.
+            temperature: T of this batch; the collator's when None.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` (int64 ``[B, L]``, -100 where nothing is learnt),
-            ``teacher_ids`` (int64 ``[P, K]``), ``teacher_log_probs`` (float32 ``[P, K]``),
-            ``teacher_log_tail`` (float32 ``[P]``), ``teacher_log_weights`` (float32 ``[P, K]``, where entries are drawn)
-            and ``sequence_index`` (int64 ``[B]``).
+            ``input_ids``, ``labels`` (int64 ``[R, L]``, -100 where nothing is learnt), ``attention_mask`` or, packed,
+            ``position_ids`` (int64 ``[R, L]``), which start again at every sequence and at what fills the row;
+            ``teacher_ids`` (int64 ``[P, K]``), ``teacher_log_probs`` (float32 ``[P, K]``), ``teacher_log_tail``
+            (float32 ``[P]``), ``teacher_log_weights`` (float32 ``[P, K]``, where entries are drawn); and ``sequence_index``
+            and ``sequence_targets``, the number of its targets (int64 ``[B]``, in the order of the rows ``P``).
         """
-        longest = max(len(s.token_ids) for _, s in sequences)
-        shape = (len(sequences), longest)
+        temperature = float(self.temperature if temperature is None else temperature)
+        parts = [_unlearnt(s) if index < 0 else s.cut(self.max_length) for index, s in sequences]
+        lengths = [len(s.token_ids) for s in parts]
+        rows = [[i] for i in range(len(parts))]
+        if self.packed:
+            rows = pack(lengths, self.max_length or max(lengths))
+        shape = (len(rows), max(sum(lengths[i] for i in row) for row in rows))
         ids = np.full(shape, self.pad_id, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
-        for i, (_, s) in enumerate(sequences):
-            length = len(s.token_ids)
-            ids[i, :length] = s.token_ids
-            mask[i, :length] = 1
-            labels[i, :length][s.targets] = s.token_ids[s.targets]
-        teacher = sparse_teacher(concatenate([s.rows for _, s in sequences]), self.temperature, self.tail)
+        mask, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for place, row in enumerate(rows):
+            start = 0
+            for i in row:
+                span = slice(start, start + lengths[i])
+                ids[place, span] = parts[i].token_ids
+                labels[place, span][parts[i].targets] = parts[i].token_ids[parts[i].targets]
+                positions[place, span] = np.arange(lengths[i])
+                start = span.stop
+            mask[place, :start] = 1
+            positions[place, start:] = np.arange(shape[1] - start)
+        order = [i for row in rows for i in row]
+        teacher = sparse_teacher(concatenate([parts[i].rows for i in order]), temperature, self.tail)
         drawn = {} if teacher.log_weights_NK is None else {"teacher_log_weights": teacher.log_weights_NK}
+        apart = {"position_ids": positions} if self.packed else {"attention_mask": mask}
         return {
             "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
+            **{name: torch.from_numpy(array) for name, array in apart.items()},
             "teacher_ids": teacher.ids_NK,
             "teacher_log_probs": teacher.log_probs_NK,
             "teacher_log_tail": teacher.log_tail_N,
             **drawn,
-            "sequence_index": torch.tensor([i for i, _ in sequences]),
+            "sequence_index": torch.tensor([sequences[i][0] for i in order]),
+            "sequence_targets": torch.tensor([len(parts[i].rows) for i in order]),
         }
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Numbers of the lengths in few rows of at most ``capacity``, and in that many rows short ones.
+
+    Few by first-fit decreasing: each, longest first, goes where there is room first. That takes at most 11/9 of the fewest
+    rows possible, and one more (Johnson 1973). Short by giving each, longest first, to the shortest of that many rows, where
+    that is the shorter of the two. What is longer than a row has one to itself.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    filled: list[int] = []
+    tight: list[list[int]] = []
+    for i in longest_first:
+        row = next((r for r, total in enumerate(filled) if total + lengths[i] <= capacity), len(tight))
+        if row == len(tight):
+            tight.append([])
+            filled.append(0)
+        tight[row].append(i)
+        filled[row] += lengths[i]
+    levelled = [0] * len(tight)
+    level: list[list[int]] = [[] for _ in tight]
+    for i in longest_first:
+        row = levelled.index(min(levelled))
+        level[row].append(i)
+        levelled[row] += lengths[i]
+    return level if max(levelled) < max(filled) else tight
+
+
+def _unlearnt(sequence: CachedSequence) -> CachedSequence:
+    """As little of a sequence as makes a forward pass, without targets."""
+    ids = sequence.token_ids[:2]
+    return CachedSequence(ids, np.zeros(len(ids), dtype=np.bool_), sequence.rows.slice(0, 0))
 
 
 def sparse_teacher(rows: SparseRows, temperature: float, tail: Tail = "auto") -> SparseTeacher:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +30,10 @@ def loss_sums(
     """Loss sums of a batch made by `Collator`.
 
     Args:
-        model: the model as the trainer wraps it: calling it (and not its decoder) keeps autocast and the
-            hooks of DDP in force.
-        base: the same model unwrapped, whose head is taken; engines that shard it (FSDP, ZeRO-3) are not supported.
+        model: the model as its engine wraps it (DDP, FSDP, DeepSpeed, `torch.compile`): calling it, and no part of it,
+            keeps autocast and the engine's hooks in force. Where it is sharded, every process calls this.
+        base: the same model unwrapped. Its head computes the loss in the place of logits: at no other time are the
+            head's weights sure to be whole.
         batch: as `Collator` returns it, on the model's device.
         vocab_size: the cache's vocabulary; head columns beyond are padding.
         temperature: T, at which the batch was collated.
@@ -39,29 +42,60 @@ def loss_sums(
         divergence: as `distillation_loss` takes it.
         beta: of the generalised JSD.
     """
-    last: list[torch.Tensor] = []
-    # A hook, and not output_hidden_states: that would keep every layer's states until the loss is done.
-    hook = base.get_decoder().register_forward_hook(lambda module, args, output: last.append(output.last_hidden_state))
-    try:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1, use_cache=False)
-    finally:
-        hook.remove()
     following = batch["labels"][:, 1:]
     counts = following != IGNORED
     teacher = SparseTeacher(
         batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"], batch.get("teacher_log_weights")
     )
-    head, bias = head_of(base)
-    return distillation_loss(
-        last[0][:, :-1][counts],
-        head,
-        following[counts],
-        teacher,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        divergence=divergence,
-        beta=beta,
-        bias_V=bias,
-        vocab_size=vocab_size,
-    )
+    sums: list[LossSums] = []
+
+    # Traced, the loss would be compiled again for every batch that it closes over.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def loss_for_logits(hidden_BLD: torch.Tensor) -> torch.Tensor:
+        weight_VD, bias_V = head_of(base)
+        rows_RLD = hidden_BLD.reshape(*batch["labels"].shape, -1)
+        found = distillation_loss(
+            rows_RLD[:, :-1][counts],
+            weight_VD,
+            following[counts],
+            teacher,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            divergence=divergence,
+            beta=beta,
+            bias_V=bias_V,
+            vocab_size=vocab_size,
+        )
+        sums.append(found)
+        return hidden_BLD[:, :0]
+
+    with _forward_of(base.get_output_embeddings(), loss_for_logits):
+        output = model(**model_inputs(base, batch), use_cache=False)
+    # A sum of nothing, which ties the loss to the output that engines watch to know when the backward pass begins.
+    return replace(sums[0], total=sums[0].total + output.logits.sum())
+
+
+def model_inputs(base: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model takes of a batch. Where the attention is FlashAttention, packed rows are laid end to end as one."""
+    if "position_ids" not in batch:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    if "flash" in str(base.config.get_text_config()._attn_implementation):
+        # It looks for the borders of sequences in batches of one row, and nowhere else.
+        inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
+    return inputs
+
+
+@contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Another ``forward`` of a module; its hooks stay, and with them whoever gathers its weights."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

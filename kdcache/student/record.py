@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import platform
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +21,20 @@ from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
+from kdcache.recipe_training import describe
+from kdcache.student.checkpoints import checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
-# What may change between two sittings of one run without changing the student.
+GLOBAL_BATCH = "training.batch_size x accumulation x processes"
+# What may change between two sittings of one run without changing the student. The global batch may not; how it is cut may.
 _FREE_KEYS = (
     "output",
+    "training.batch_size",
+    "training.accumulation",
+    "training.workers",
     "cache.directory",
     "cache.positions_per_shard",
     "training.save_steps",
@@ -70,7 +74,9 @@ class RunDirectory:
         self._started = path / "started.json"
         self._record = path / "run.json"
 
-    def prepare(self, recipe: Recipe, cache_id: str, *, resume: bool, overwrite: bool) -> RunRecord | None:
+    def prepare(
+        self, recipe: Recipe, cache_id: str, *, resume: bool, overwrite: bool, world: int = 1
+    ) -> RunRecord | None:
         """Refuse what must not be touched. Returns the record when ``resume`` meets the finished run.
 
         Raises:
@@ -91,12 +97,12 @@ class RunDirectory:
                     f"{self.path} holds an earlier run; go on with it by --resume, start over by --overwrite, or give "
                     "the recipe key output another directory"
                 )
-            self._refuse_other_run(_identity(recipe, cache_id))
+            self._refuse_other_run(_identity(recipe, cache_id, world))
             if self._record.exists():
                 return load_record(self.path)
         return None
 
-    def begin(self, recipe: Recipe, cache_id: str) -> None:
+    def begin(self, recipe: Recipe, cache_id: str, *, world: int = 1) -> None:
         """Make the directory and write down whose it is; called when nothing but the training can fail any more.
 
         Only now is an earlier run forgotten.
@@ -113,12 +119,11 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
-        write_file(self._started, json.dumps(_identity(recipe, cache_id), indent=1).encode())
+        write_file(self._started, json.dumps(_identity(recipe, cache_id, world), indent=1).encode())
 
     def newest_checkpoint(self, progress: Progress) -> Path | None:
         """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
-        named = [p for p in self.checkpoints.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
-        for path in sorted(named, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        for path in reversed(checkpoints(self.checkpoints)):
             problem = _broken(path)
             if problem is None:
                 return path
@@ -170,11 +175,9 @@ def run_record(
     cache: Cache,
     model: PreTrainedModel,
     scores: dict[str, Score],
-    steps: int,
-    resumed: int,
-    seconds: float,
+    **training: Any,
 ) -> RunRecord:
-    """Everything needed to repeat or compare a run."""
+    """Everything needed to repeat or compare a run; ``training`` are facts of it such as its steps."""
     parameters = {
         "total": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -188,10 +191,7 @@ def run_record(
         # What the cache holds, which the recipe need not say.
         "selection": cache.plan.selection.model_dump(mode="json"),
         "scores": {name: score.as_record() for name, score in scores.items()},
-        "steps": steps,
-        # Of the last sitting, which went on from step `resumed_at`.
-        "seconds": round(seconds, 1),
-        "resumed_at": resumed,
+        **training,
         "parameters": parameters,
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in _PACKAGES}},
         "hardware": hardware(),
@@ -211,8 +211,8 @@ def write_model_card(folder: Path, recipe: Recipe, cache: Cache, scores: dict[st
         "",
         f"# {Path(name).name}, distilled from {Path(teacher.name).name}",
         "",
-        f"Trained with kdcache from cache `{cache.id}`, T = {recipe.loss.temperature:g}, "
-        f"weights {recipe.loss.ce_weight:g} (CE) and {recipe.loss.kd_weight:g} (KD).",
+        f"Trained with kdcache from cache `{cache.id}`, T = {describe(recipe.loss.temperature)}, "
+        f"weights {describe(recipe.loss.ce_weight)} (CE) and {describe(recipe.loss.kd_weight)} (KD).",
         "",
         "| model | loss | perplexity |",
         "|---|---:|---:|",
@@ -254,8 +254,13 @@ def _broken(checkpoint: Path) -> str | None:
     return None
 
 
-def _identity(recipe: Recipe, cache_id: str) -> dict[str, Any]:
-    return {"cache_id": cache_id, "recipe": _flat(recipe.model_dump(mode="json"))}
+def _identity(recipe: Recipe, cache_id: str, world: int) -> dict[str, Any]:
+    training = recipe.training
+    keys = _flat(recipe.model_dump(mode="json"))
+    # Summed losses are averaged over forward passes: there the cut matters as well.
+    cut = f"{training.batch_size} sequences a forward pass, " if recipe.loss.reduction == "sum" else ""
+    keys[GLOBAL_BATCH] = f"{cut}{training.batch_size * training.accumulation * world} sequences a step"
+    return {"cache_id": cache_id, "recipe": keys}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

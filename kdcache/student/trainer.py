@@ -1,40 +1,31 @@
-"""transformers.Trainer with our loss, our order of samples, and CE and KL in its log."""
+"""transformers.Trainer with our loss, our order of samples, token-summed evaluation, and CE and KL in its log."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 
-from kdcache.cache.codec import CachedSequence
-from kdcache.cache.reader import Split
-from kdcache.errors import TrainingError
-from kdcache.progress import Progress
-from kdcache.student.collate import IGNORED
+from kdcache.evaluate.perplexity import student_score
+from kdcache.student.batches import Batch, MicroBatches, OrderOptions, SplitDataset, micro_batch_loader
+from kdcache.student.checkpoints import best_checkpoint, saved_whole
 from kdcache.student.divergence import Divergence
 from kdcache.student.forward import loss_sums
-from kdcache.student.loss import LossSums
-from kdcache.student.sampler import ShardSampler
+from kdcache.student.nonfinite import NonFiniteGuard, named_sequences
+from kdcache.student.processes import turns
+from kdcache.student.sampler import BatchPlan, MicroBatchNumbers
 
 # Forward KL is what a reader expects under "kl"; the others go by their own names.
 LOGGED_AS = {"forward_kl": "kl"}
 DIVERGENCE_KEYS = ("kl", "soft_ce", "reverse_kl", "jsd")
-
-
-class SplitDataset(Dataset[tuple[int, CachedSequence]]):
-    """A split of a cache as a map-style data set of ``(index, sequence)``."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[int, CachedSequence]:
-        return index, self.split[index]
+# A constant, or a function of the share of the training that is done, 0 to 1.
+Scheduled = float | Callable[[float], float]
 
 
 class CachedDistillation:
@@ -42,51 +33,78 @@ class CachedDistillation:
 
     A mixin: ``class Mine(CachedDistillation, trl.SFTTrainer)``. Give the trainer a `SplitDataset`, a `Collator`,
     arguments with ``remove_unused_columns=False`` and ``label_names=["labels"]``, and call `set_distillation` before
-    ``train()``.
+    ``train()``. Batches come from `MicroBatches`, the same global batches for any number of processes.
     """
 
     def set_distillation(
-        self,
+        self: Any,
         *,
         vocab_size: int,
-        temperature: float,
-        ce_weight: float,
-        kd_weight: float,
+        temperature: Scheduled,
+        ce_weight: Scheduled,
+        kd_weight: Scheduled,
         reduction: str = "mean",
         divergence: Divergence = "forward_kl",
         beta: float = 0.5,
         kept_share: float = 1.0,
-        order_seed: int = 0,
+        order: OrderOptions | None = None,
+        skip_nonfinite: int = 0,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
-        """Choose the loss.
+        """Choose the loss and the order of samples.
 
         Args:
             vocab_size: the cache's vocabulary.
-            temperature: T, the collator's.
-            ce_weight: lambda_CE.
-            kd_weight: lambda_KD.
+            temperature: T, constant or scheduled; the collator's own is not used in training.
+            ce_weight: lambda_CE, constant or scheduled.
+            kd_weight: lambda_KD, constant or scheduled.
             reduction: ``mean`` per valid token of the whole accumulation window, over all processes, or
                 ``sum`` over tokens averaged over micro-batches.
             divergence: as `distillation_loss` takes it.
             beta: of the generalised JSD.
             kept_share: share of the positions that have a teacher row, where the cache selects positions; with ``mean`` the
                 KD term is averaged over these, the cross-entropy over all.
-            order_seed: seed of the order of samples.
+            order: seed and manner of the order of samples.
+            skip_nonfinite: steps with a loss or gradient that is not finite to leave out before the training stops.
+            tell: given every warning in words.
         """
-        self._loss_options: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "temperature": temperature,
-            "ce_weight": ce_weight,
-            "kd_weight": kd_weight / kept_share if reduction == "mean" else kd_weight,
-            "divergence": divergence,
-            "beta": beta,
-        }
+        self._scheduled = {"temperature": temperature, "ce_weight": ce_weight, "kd_weight": kd_weight}
+        self._loss_options: dict[str, Any] = {"vocab_size": vocab_size, "divergence": divergence, "beta": beta}
         self._reduction = reduction
         self._kept_share = kept_share
-        self._order_seed = order_seed
+        self._order = order or OrderOptions()
+        # The sum variant is averaged over micro-batches as they were asked for, not as memory allowed them.
+        self._sum_over = self.args.per_device_train_batch_size
         # Makes the trainer count targets over the accumulation window and leave our scaling alone.
         self.model_accepts_loss_kwargs = True
         self._window = torch.zeros(3, dtype=torch.float64)
+        self._guard = NonFiniteGuard(skip_nonfinite, tell)
+        self._numbers: MicroBatchNumbers | None = None
+        self._total_steps = 1  # until there is a loader
+        self.add_callback(self._guard)
+        self.add_callback(_Upkeep(self))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because their loss or gradient was not finite."""
+        return self._guard.skipped
+
+    def get_train_dataloader(self: Any) -> DataLoader[Batch]:
+        """This process's micro-batches; not accelerate's sharding, which repeats sequences to even out an epoch's end."""
+        dataset, args = self.train_dataset, self.args
+        assert isinstance(dataset, SplitDataset)
+        plan = BatchPlan(
+            len(dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size, args.process_index
+        )  # fmt: skip
+        self._total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps)
+        temperature_at = partial(_value_at_step, self._scheduled["temperature"], self._total_steps)
+        self._numbers = MicroBatchNumbers(plan)
+        return micro_batch_loader(
+            MicroBatches(dataset.split, plan, self._order, self.data_collator, temperature_at),
+            self._numbers,
+            workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
 
     def compute_loss(
         self: Any,
@@ -98,31 +116,55 @@ class CachedDistillation:
         """Loss of a micro-batch, scaled so that the accumulated gradient is that of the whole window.
 
         Raises:
-            TrainingError: the loss is not finite; the sequences at fault are named.
+            TrainingError: the loss is not finite and no more such steps may be left out; the sequences at fault are named.
         """
-        sums = loss_sums(model, self.accelerator.unwrap_model(model), inputs, **self._loss_options)
+        sums = loss_sums(
+            model, self.accelerator.unwrap_model(model), inputs, **self._loss_options, **self._weights(inputs)
+        )
         # One wait for the device, and not one for each number.
         total, ce, divergence = torch.stack([sums.total.detach(), sums.ce, sums.divergence]).double().tolist()
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss is not finite at step {self.state.global_step + 1}, in the sequences "
-                f"{_not_finite(sums, inputs)} of the train split; lower training.learning_rate, or use "
-                "training.precision bf16 or fp32"
-            )
         tokens = len(sums.ce_N)
-        if model.training:  # an evaluation in between is no part of the training log
+        if not math.isfinite(total):
+            self._guard.loss_not_finite(named_sequences(sums, inputs), self.state)
+        elif model.training:  # an evaluation in between is no part of the training log
             self._window += torch.tensor([ce, divergence, tokens], dtype=torch.float64)
+            self._guard.seen(inputs)
         if self._reduction == "sum":
-            loss = sums.total / self.args.gradient_accumulation_steps
+            loss = sums.total * (self.args.world_size * self._sum_over / self._numbers.plan.global_batch)
         else:
-            loss = sums.total / (tokens if num_items_in_batch is None else num_items_in_batch)
+            counted = tokens if num_items_in_batch is None else num_items_in_batch
+            # Cut short, a whole window may have nothing to learn.
+            loss = sums.total / (counted.clamp(min=1) if isinstance(counted, torch.Tensor) else max(1, counted))
             # A count over all processes meets gradients that are averaged over them.
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    def evaluate(
+        self: Any, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, perplexity and KL to the teacher on a `SplitDataset`, by token sums over all processes."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        assert isinstance(dataset, SplitDataset)
+        score = student_score(
+            self.model,
+            dataset.split,
+            batch_size=self.args.per_device_eval_batch_size,
+            precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            max_length=self._order.max_length,
+            share=turns(self.args),
+        )
+        metrics = {
+            f"{metric_key_prefix}_loss": score.loss,
+            f"{metric_key_prefix}_perplexity": score.perplexity,
+            f"{metric_key_prefix}_kl": score.kl,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add CE and divergence per token since the last log line, over all processes."""
+        """Add CE and divergence per token since the last log line, over all processes, and what is scheduled."""
         if "loss" in logs:
             window = self._window.to(torch.float32).to(self.args.device)
             ce, divergence, tokens = self.accelerator.reduce(window, "sum").tolist()
@@ -130,14 +172,24 @@ class CachedDistillation:
             if tokens:
                 name = self._loss_options["divergence"]
                 logs = {**logs, "ce": ce / tokens, LOGGED_AS.get(name, name): divergence / (tokens * self._kept_share)}
+            # Of the step that was just made.
+            step = max(0, self.state.global_step - 1)
+            moving = {k: _value_at_step(v, self._total_steps, step) for k, v in self._scheduled.items() if callable(v)}
+            logs = {**logs, **moving}
         super().log(logs, start_time)  # type: ignore[misc]
 
-    def _get_train_sampler(self: Any, train_dataset: Any = None) -> ShardSampler:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        assert isinstance(dataset, SplitDataset)
-        split = dataset.split
-        sizes = [split.cache.plan.shards[i].sequences for i in split.shards]
-        return ShardSampler(sizes, cache_id=split.cache.id, seed=self._order_seed, upcoming=split.read_ahead)
+    def _weights(self: Any, inputs: dict[str, Any]) -> dict[str, float]:
+        """Temperature, which the batch was made at, and weights at this step."""
+        values = {k: _value_at_step(v, self._total_steps, self.state.global_step) for k, v in self._scheduled.items()}
+        values["temperature"] = inputs.get("temperature", values["temperature"])
+        if self._reduction == "mean":
+            values["kd_weight"] /= self._kept_share
+        return values
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
+        """A checkpoint appears under its name once it is whole."""
+        with saved_whole(self):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
 
 class DistillationTrainer(CachedDistillation, transformers.Trainer):
@@ -148,42 +200,32 @@ class DistillationTrainer(CachedDistillation, transformers.Trainer):
         self.set_distillation(**distillation)
 
 
-def _not_finite(sums: LossSums, inputs: dict[str, torch.Tensor]) -> str:
-    """Indices of the sequences with a row that is not finite, or of the whole batch."""
-    per_sequence = (inputs["labels"][:, 1:] != IGNORED).sum(dim=1)
-    owner = torch.repeat_interleave(inputs["sequence_index"], per_sequence)
-    bad = ~torch.isfinite(sums.ce_N + sums.divergence_N)
-    named = owner[bad].unique().tolist() or inputs["sequence_index"].tolist()
-    return ", ".join(map(str, named))
+class _Upkeep(transformers.TrainerCallback):
+    """Tells the sampler its epoch, and keeps the checkpoint of the best evaluation findable."""
 
-
-class ProgressCallback(transformers.TrainerCallback):
-    """Tells a `Progress` about steps and losses."""
-
-    def __init__(self, progress: Progress, task: str = "train student") -> None:
-        self._progress = progress
-        self._task = task
-        self._note = ""
-        self._reported = 0
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A task of all remaining steps."""
-        self._progress.begin(self._task, state.max_steps - state.global_step, "steps")
-        self._reported = state.global_step
+        """The run directory may lie elsewhere than when the state was saved."""
+        state.best_model_checkpoint = best_checkpoint(Path(args.output_dir), state.best_global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Keep the newest losses for the next advance."""
-        if logs and "loss" in logs:
-            parts = [f"{key} {logs[key]:.4f}" for key in ("loss", "ce", *DIVERGENCE_KEYS) if key in logs]
-            self._note = "  ".join(parts)
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next iteration of the loader is of this epoch: by steps, since a fraction of epochs may be off by rounding."""
+        numbers = self._trainer._numbers
+        numbers.epoch = state.global_step // numbers.plan.steps
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One optimizer step further."""
-        self._progress.advance(state.global_step - self._reported, self._note)
-        self._reported = state.global_step
-        if state.global_step >= state.max_steps:
-            control.should_log = True
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The best so far can only be kept if it is saved."""
+        best = math.inf if state.best_metric is None else state.best_metric
+        if args.load_best_model_at_end and kwargs["metrics"].get("eval_loss", math.inf) < best:
+            control.should_save = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The task is over."""
-        self._progress.end()
+
+def _value_at_step(scheduled: Scheduled, total_steps: int, step: int) -> float:
+    if not callable(scheduled):
+        return scheduled
+    return scheduled(min(1.0, step / max(1, total_steps - 1)))
+
+
+__all__ = ["DIVERGENCE_KEYS", "CachedDistillation", "DistillationTrainer", "OrderOptions", "SplitDataset"]

@@ -1,46 +1,125 @@
-"""Order of samples: every sequence once, a function of cache id, seed and epoch alone."""
+"""Order of samples: every sequence once, the same global batches however they are cut, found anywhere at once."""
+
+from itertools import product
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.student.sampler import ShardSampler, epoch_order, epoch_windows
+from kdcache.student.sampler import RESERVE, BatchPlan, EpochOrder, MicroBatchNumbers
+
+SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(0, 5), st.integers(0, 5), st.integers(1, 5))
-def test_every_sequence_comes_once_and_windows_hold_few_shards(sizes, seed, epoch, window):
-    order = epoch_order(sizes, cache_id="c", seed=seed, epoch=epoch, window=window)
+def order_of(sizes, **options):
+    order = EpochOrder(sizes, **{"cache_id": "c", "seed": 0, "epoch": 0, **options})
+    return order.between(0, len(order))
+
+
+@given(SIZES, st.integers(0, 5), st.integers(0, 5), st.integers(1, 5), st.booleans())
+def test_every_sequence_comes_once_and_few_shards_are_open_at_a_time(sizes, seed, epoch, window, grouped):
+    lengths = (lambda shard: np.arange(sizes[shard]) * 7 % 5) if grouped else None
+    order = order_of(sizes, seed=seed, epoch=epoch, window=window, lengths=lengths, global_batch=4)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
     shard_of = np.repeat(np.arange(len(sizes)), sizes)[order]
-    # A shard that was left is not met again: at most `window` shards are open at any time.
     first = {s: int(np.argmax(shard_of == s)) for s in range(len(sizes))}
     last = {s: len(order) - 1 - int(np.argmax(shard_of[::-1] == s)) for s in range(len(sizes))}
     for place in range(len(order)):
         assert sum(first[s] <= place <= last[s] for s in first) <= window
 
 
+@given(SIZES, st.integers(1, 4), st.data())
+def test_any_part_of_the_order_is_found_without_what_lies_before_it(sizes, window, data):
+    whole = order_of(sizes, window=window)
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    fresh = EpochOrder(sizes, cache_id="c", seed=0, epoch=0, window=window)
+    assert fresh.between(start, stop).tolist() == whole[start:stop].tolist()
+
+
+@given(SIZES, st.integers(1, 4))
+def test_the_shards_of_a_window_are_those_of_its_sequences(sizes, window):
+    order = EpochOrder(sizes, cache_id="c", seed=0, epoch=0, window=window)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    for place in range(len(order)):
+        shards = order.shards_of(order.window_at(place))
+        assert int(shard_of[order.between(place, place + 1)[0]]) in shards
+        assert len(shards) <= window
+
+
+@pytest.mark.parametrize(("window", "size"), [(1, 1), (2, RESERVE // 2), (3, RESERVE // 2), (5, RESERVE // 2)])
+def test_a_batch_anywhere_needs_no_more_shards_than_are_mixed(window, size):
+    sizes = [300 + 7 * i for i in range(9)]
+    order = order_of(sizes, window=window)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)[order]
+    needed = [len(set(shard_of[start : start + size].tolist())) for start in range(len(order) - size)]
+    assert max(needed) == window
+
+
 def test_order_changes_with_cache_seed_and_epoch_and_with_nothing_else():
     sizes = [30, 30, 30]
-    base = epoch_order(sizes, cache_id="a", seed=0, epoch=0)
-    assert np.array_equal(base, epoch_order(sizes, cache_id="a", seed=0, epoch=0))
+    base = order_of(sizes, cache_id="a")
+    assert np.array_equal(base, order_of(sizes, cache_id="a", global_batch=16))
     for other in ({"cache_id": "b"}, {"seed": 1}, {"epoch": 1}):
-        changed = epoch_order(sizes, **{"cache_id": "a", "seed": 0, "epoch": 0, **other})
-        assert not np.array_equal(base, changed)
-    sampler = ShardSampler(sizes, cache_id="a", seed=0)
-    assert list(sampler) == base.tolist()
-    sampler.set_epoch(1)
-    assert list(sampler) == epoch_order(sizes, cache_id="a", seed=0, epoch=1).tolist()
-    assert len(sampler) == 90
+        assert not np.array_equal(base, order_of(sizes, **{"cache_id": "a", **other}))
 
 
-def test_the_shards_of_the_next_window_are_told_when_a_window_begins():
-    sizes = [3] * 10
-    told = []
-    sampler = ShardSampler(sizes, cache_id="a", seed=0, upcoming=told.append)
-    indices = iter(sampler)
-    windows = [members.tolist() for members, _ in epoch_windows(sizes, cache_id="a", seed=0, epoch=0)]
-    next(indices)
-    assert told == windows[1:2]
-    assert len(list(indices)) == 29
-    assert told == windows[1:]
-    assert sorted(s for members in windows for s in members) == list(range(10))
+def test_the_order_of_a_release_stays_the_order():
+    """A resumed run must go on with the same batches after an update."""
+    assert order_of([5, 4, 6], cache_id="a", seed=1, epoch=2).tolist() == [
+        12,
+        10,
+        11,
+        13,
+        1,
+        3,
+        14,
+        0,
+        9,
+        7,
+        8,
+        2,
+        4,
+        6,
+        5,
+    ]
+
+
+def test_grouping_makes_global_batches_of_one_length_and_keeps_them_random():
+    sizes, size = [256] * 8, 16
+    lengths = np.random.default_rng(0).integers(16, 512, sum(sizes))
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+
+    def padding(order):
+        rows = lengths[order].reshape(-1, size)
+        return 1 - rows.sum() / (rows.max(axis=1) * size).sum()
+
+    def grouped(**options):
+        return order_of(sizes, lengths=lambda s: lengths[starts[s] : starts[s + 1]], global_batch=size, **options)
+
+    assert padding(grouped()) < 0.1 < 0.3 < padding(order_of(sizes))
+    assert not np.array_equal(grouped(), grouped(epoch=1))
+    means = lengths[grouped()].reshape(-1, size).mean(axis=1)
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # long and short batches in no order
+
+
+CUTS = [(b, a, w) for b, a, w in product((1, 2, 3, 4, 6, 12), repeat=3) if b * a * w == 12]
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 11, 12, 13, 23, 24, 25, 100])
+def test_global_batches_are_the_same_for_every_cut(sequences):
+    expected = [list(range(start, min(start + 12, sequences))) for start in range(0, sequences, 12)]
+    for batch, accumulation, world in CUTS:
+        plans = [BatchPlan(sequences, batch, accumulation, world, rank) for rank in range(world)]
+        assert len({(p.micro_batches, p.steps, p.global_batch) for p in plans}) == 1
+        found = [[] for _ in expected]
+        for plan in plans:
+            numbers = [number for [(_, number)] in MicroBatchNumbers(plan)]
+            assert numbers == list(range(plan.micro_batches))
+            for number in numbers:
+                start, stop = plan.span(number)
+                assert 0 <= stop - start <= batch
+                assert start < sequences  # a filler is a sequence that exists
+                found[number // accumulation] += range(start, stop)
+        assert [sorted(f) for f in found] == expected, (batch, accumulation, world)

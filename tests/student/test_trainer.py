@@ -15,6 +15,7 @@ from kdcache.student.collate import Collator
 from kdcache.student.distill import distill
 from kdcache.student.forward import loss_sums
 from kdcache.student.log import read_log
+from kdcache.student.sampler import EpochOrder
 from kdcache.student.trainer import DistillationTrainer, SplitDataset
 from kdcache.teacher.capture import capture
 from kdcache.token_maps import load_tokenizer
@@ -71,11 +72,9 @@ def test_the_mean_is_per_token_and_the_sum_is_not(values, shared_cache, tmp_path
     mean = one_step_gradients(values, shared_cache, tmp_path, 8, 1)
     total = one_step_gradients(values, shared_cache, tmp_path / "sum", 8, 1, reduction="sum")
     cache = open_cache(shared_cache)
-    from kdcache.student.sampler import epoch_order
-
     split = cache.split("train")
     sizes = [cache.plan.shards[i].sequences for i in split.shards]
-    first = epoch_order(sizes, cache_id=cache.id, seed=0, epoch=0)[:8]
+    first = EpochOrder(sizes, cache_id=cache.id, seed=0, epoch=0).between(0, 8)
     tokens = sum(len(split[int(i)].rows) for i in first)
     name = max(mean, key=lambda n: float(mean[n].norm()))
     assert torch.allclose(total[name], mean[name] * tokens, rtol=1e-3, atol=1e-5 * tokens)

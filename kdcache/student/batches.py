@@ -1,0 +1,135 @@
+"""A split of a cache as a data set of ready micro-batches: item ``(epoch, number)`` is what this process trains on then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from kdcache.cache.codec import CachedSequence
+from kdcache.cache.reader import Split
+from kdcache.student.sampler import BatchPlan, EpochOrder, MicroBatchNumbers
+
+Batch = dict[str, Any]
+
+
+class SplitDataset(Dataset[tuple[int, CachedSequence]]):
+    """A split of a cache as a map-style data set of ``(index, sequence)``."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[int, CachedSequence]:
+        return index, self.split[index]
+
+
+@dataclass(frozen=True)
+class OrderOptions:
+    """What besides the cache the order of samples depends on; as `EpochOrder` takes it."""
+
+    seed: int = 0
+    window: int = 2
+    group_by_length: bool = False
+    max_length: int | None = None
+
+
+class MicroBatches(Dataset[Batch]):
+    """Micro-batches of one process, each worked out from its number alone.
+
+    Args:
+        split: of the cache.
+        plan: how global batches are shared out.
+        order: seed and manner of the order.
+        collate: makes a batch of ``(index, sequence)`` pairs at a temperature.
+        temperature_at: the temperature at an optimizer step, counted from 0.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        plan: BatchPlan,
+        order: OrderOptions,
+        collate: Callable[..., Batch],
+        temperature_at: Callable[[int], float],
+    ) -> None:
+        self._split = split
+        self._plan = plan
+        self._options = order
+        self._collate = collate
+        self._temperature_at = temperature_at
+        self._order: tuple[int, EpochOrder] | None = None
+        self._announced = (-1, -1)
+
+    def __len__(self) -> int:
+        return self._plan.sequences
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, number = key
+        order = self._order_of(epoch)
+        start, stop = self._plan.span(number)
+        filler = start == stop
+        indices = order.between(start, stop + filler).tolist()
+        self._read_ahead(epoch, order, start)
+        pairs = [(i, self._split[i]) for i in indices]
+        if filler:
+            pairs = [(-1, pairs[0][1])]
+        temperature = self._temperature_at(epoch * self._plan.steps + number // self._plan.accumulation)
+        return {**self._collate(pairs, temperature=temperature), "temperature": temperature}
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Batch]:
+        """What a DataLoader asks for."""
+        return [self[key] for key in keys]
+
+    def _order_of(self, epoch: int) -> EpochOrder:
+        if self._order is None or self._order[0] != epoch:
+            cache, options = self._split.cache, self._options
+            order = EpochOrder(
+                [cache.plan.shards[i].sequences for i in self._split.shards],
+                cache_id=cache.id,
+                seed=options.seed,
+                epoch=epoch,
+                window=options.window,
+                lengths=self._lengths if options.group_by_length else None,
+                global_batch=self._plan.global_batch,
+            )
+            self._order = epoch, order
+        return self._order[1]
+
+    def _lengths(self, shard: int) -> NDArray[np.int64]:
+        lengths = self._split.cache.shard(self._split.shards[shard]).lengths
+        return lengths if self._options.max_length is None else np.minimum(lengths, self._options.max_length)
+
+    def _read_ahead(self, epoch: int, order: EpochOrder, start: int) -> None:
+        """Once in every window: have the shard that comes with the next one decoded meanwhile."""
+        window = order.window_at(start)
+        if (epoch, window) == self._announced:
+            return
+        self._announced = epoch, window
+        if window + 1 < order.windows:
+            coming = set(order.shards_of(window + 1)) - set(order.shards_of(window))
+            self._split.read_ahead(sorted(coming))
+
+
+def micro_batch_loader(
+    batches: MicroBatches, numbers: MicroBatchNumbers, *, workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """A DataLoader of ready micro-batches; its workers live as long as it does, and remember which shards they verified."""
+    return DataLoader(
+        batches,
+        batch_sampler=numbers,
+        collate_fn=_only,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def _only(items: list[Batch]) -> Batch:
+    return items[0]

@@ -1,0 +1,169 @@
+"""Stopped anywhere, gone on with anywhere: the same student, or a refusal that names what changed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from kdcache.cache.reader import open_cache
+from kdcache.errors import TrainingError
+from kdcache.recipe import parse_recipe
+from kdcache.student import assembly
+from kdcache.student.distill import distill
+from kdcache.student.log import read_log
+
+ROOT = Path(__file__).parent.parent.parent
+ADAPTER = "model/adapter_model.safetensors"
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def training(values, shared_cache):
+    """Two epochs of eleven steps with dropout, 8-bit optimizer, accumulation and a partial last batch."""
+    values["cache"]["directory"] = str(shared_cache)
+    values["training"] |= {
+        "epochs": 2, "batch_size": 2, "accumulation": 2, "save_steps": 3, "logging_steps": 1,
+        "optimizer": "paged_adamw_8bit", "precision": "bf16", "clip": 0.5, "schedule": "cosine", "warmup": 3,
+    }  # fmt: skip
+    return values
+
+
+def stopped(recipe, monkeypatch, step):
+    """Train up to a step and break off there, before its checkpoint is written."""
+
+    class StoppedTrainer(assembly.DistillationTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.add_callback(Stopper())
+
+    class Stopper(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "DistillationTrainer", StoppedTrainer)
+        with pytest.raises(Stop):
+            distill(recipe, resume=True)
+
+
+def test_a_run_stopped_three_times_ends_in_the_same_bytes(training, monkeypatch):
+    whole = distill(parse_recipe(training))
+    steps = whole.values["steps"]
+    training["output"] += "-stopped"
+    # Another number of workers is no other run.
+    for workers, step in ((0, 5), (2, steps // 2 + 2), (1, steps - 1)):
+        training["training"]["workers"] = workers
+        stopped(parse_recipe(training), monkeypatch, step)
+    parts = distill(parse_recipe(training), resume=True)
+    assert parts.values["resumed_at"] > steps // 2
+    assert (parts.output / ADAPTER).read_bytes() == (whole.output / ADAPTER).read_bytes()
+    assert (parts.output / "log.csv").read_bytes() == (whole.output / "log.csv").read_bytes()
+    assert parts.scores == whole.scores
+
+
+def test_another_cut_of_the_same_global_batch_goes_on(training, monkeypatch):
+    training["student"]["lora"] = {"dropout": 0.0}
+    training["training"] |= {"precision": "fp32", "optimizer": "adamw_torch"}
+    whole = distill(parse_recipe(training))
+    training["output"] += "-cut"
+    stopped(parse_recipe(training), monkeypatch, 5)
+    training["training"] |= {"batch_size": 4, "accumulation": 1}
+    parts = distill(parse_recipe(training), resume=True)
+    for ours, theirs in zip(*(read_log(r.output / "log.csv") for r in (parts, whole)), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    training["training"]["accumulation"] = 2
+    with pytest.raises(TrainingError, match=r"processes was '4 sequences a step', now '8 sequences a step'"):
+        distill(parse_recipe(training), resume=True)
+
+
+def test_two_processes_go_on_with_the_run_of_one(training, tmp_path):
+    """The same batches, so the same loss; a batch that one process would repeat to even out would show."""
+    training["student"]["lora"] = {"dropout": 0.0}
+    training["training"] |= {"precision": "fp32", "optimizer": "adamw_torch", "batch_size": 4, "accumulation": 2}
+    whole = distill(parse_recipe(training))
+    training["output"] += "-moved"
+    recipe = tmp_path / "moved.yaml"
+    recipe.write_text(yaml.safe_dump(training))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+    def run(processes, step, *overrides):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+        script = str(ROOT / "tests/student/stopped_training.py")
+        command = [sys.executable, *launcher, script, str(step), str(recipe), *overrides]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert run(1, 5).returncode != 0
+    refused = run(2, 0)
+    assert "processes was '8 sequences a step', now '16 sequences a step'" in refused.stderr
+    ended = run(2, 0, "training.accumulation=1")
+    assert ended.returncode == 0, ended.stderr
+    moved = read_log(Path(training["output"]) / "log.csv")
+    for ours, theirs in zip(moved, read_log(whole.output / "log.csv"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["ce"] == pytest.approx(theirs["ce"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 5}, "seed was 0, now 5"),
+        ({"loss": {"kd_weight": 0.7}}, r"loss\.kd_weight was 0\.5, now 0\.7"),
+        ({"training": {"batch_size": 4}}, "processes was '4 sequences a step', now '8 sequences a step'"),
+        ({"training": {"max_length": 64}}, r"training\.max_length was None, now 64"),
+        ({"training": {"group_by_length": True}}, r"training\.group_by_length was False, now True"),
+    ],
+)
+def test_what_would_silently_change_the_run_is_refused(training, monkeypatch, change, named):
+    stopped(parse_recipe(training), monkeypatch, 4)
+    for section, values in change.items():
+        training[section] = training.get(section, {}) | values if isinstance(values, dict) else values
+    with pytest.raises(TrainingError, match=named):
+        distill(parse_recipe(training), resume=True)
+
+
+def test_another_cache_is_refused(training, monkeypatch, tmp_path):
+    from kdcache.cache.subset import subset
+
+    stopped(parse_recipe(training), monkeypatch, 4)
+    subset(open_cache(training["cache"]["directory"]), tmp_path / "other", sequences=(0, 20))
+    training["cache"]["directory"] = str(tmp_path / "other")
+    training |= {"data": None, "teacher": None}
+    del training["selection"]
+    with pytest.raises(TrainingError, match="cache id was"):
+        distill(parse_recipe(training), resume=True)
+
+
+def test_checkpoints_appear_whole_and_are_pruned(training, monkeypatch):
+    training["training"] |= {"save_steps": 1, "keep_checkpoints": 3}
+    output = Path(training["output"])
+    seen = []
+
+    class Looking(assembly.DistillationTrainer):
+        def _save_optimizer_and_scheduler(self, folder):
+            # In the middle of a checkpoint: nothing of it under its own name.
+            seen.append(sorted(p.name for p in (output / "checkpoints").iterdir()))
+            super()._save_optimizer_and_scheduler(folder)
+            if self.state.global_step == 5:
+                raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "DistillationTrainer", Looking)
+        with pytest.raises(Stop):
+            distill(parse_recipe(training))
+    assert seen[-1] == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "unfinished"]
+    shutil.rmtree(output / "checkpoints" / "checkpoint-4" / "optimizer.pt", ignore_errors=True)
+    (output / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"broken")
+    record = distill(parse_recipe(training), resume=True)
+    assert record.values["resumed_at"] == 3
+    steps = record.values["steps"]
+    left = sorted(p.name for p in (output / "checkpoints").iterdir())
+    assert left == sorted(f"checkpoint-{n}" for n in (steps - 2, steps - 1, steps))

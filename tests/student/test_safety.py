@@ -1,0 +1,190 @@
+"""Memory that runs out, numbers that are not finite: the run goes on as it would have, or stops and says why."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+from kdcache.errors import TrainingError
+from kdcache.progress import Silent
+from kdcache.recipe import parse_recipe
+from kdcache.student import trainer as trainer_module
+from kdcache.student.arguments import training_arguments
+from kdcache.student.distill import distill
+from kdcache.student.log import read_log
+
+
+class Heard(Silent):
+    """Remembers what the user is told."""
+
+    def __init__(self):
+        self.warnings, self.messages = [], []
+
+    def warning(self, text):
+        self.warnings.append(text)
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+@pytest.fixture
+def training(values, shared_cache):
+    values["cache"]["directory"] = str(shared_cache)
+    values["student"]["lora"] = {"dropout": 0.0}
+    values["training"] |= {"epochs": 2, "batch_size": 8, "logging_steps": 1, "save_steps": 100, "clip": 0.5}
+    return values
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A device whose memory fits so many sequences per training forward; None: any number."""
+    real, limit = trainer_module.loss_sums, {"sequences": None, "from": 0}
+
+    def limited(model, base, batch, **options):
+        sums = real(model, base, batch, **options)
+        if limit["sequences"] is not None and len(batch["input_ids"]) > limit["sequences"]:
+            limit["from"] -= 1
+            if limit["from"] < 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return sums
+
+    monkeypatch.setattr(trainer_module, "loss_sums", limited)
+    return limit
+
+
+@pytest.mark.parametrize(("sequences", "batch", "accumulation", "first"), [(3, 2, 4, 0), (4, 4, 2, 5), (1, 1, 8, 2)])
+def test_memory_that_runs_out_halves_the_forward_pass_and_nothing_else(
+    training, memory, sequences, batch, accumulation, first
+):
+    whole = distill(parse_recipe(training))
+    training["output"] += "-small"
+    memory |= {"sequences": sequences, "from": first}
+    heard = Heard()
+    record = distill(parse_recipe(training), progress=heard)
+    assert record.values["forward_pass"] == batch
+    told = [w for w in heard.warnings if "out of memory" in w]
+    assert f"going on with {batch} and training.accumulation {accumulation}" in told[-1]
+    assert f"out of memory at step {first + 1} with 8 sequences" in told[0]
+    for ours, theirs in zip(*(read_log(r.output / "log.csv") for r in (record, whole)), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert record.scores["student after"]["loss"] == pytest.approx(whole.scores["student after"]["loss"], rel=1e-4)
+
+
+def test_a_summed_loss_is_the_same_after_memory_ran_out(training, memory):
+    training["loss"] = {"reduction": "sum"}
+    training["training"] |= {"clip": None, "optimizer": "sgd", "learning_rate": 1e-4, "max_steps": 3}
+    whole = distill(parse_recipe(training))
+    training["output"] += "-small"
+    memory["sequences"] = 4
+    record = distill(parse_recipe(training))
+    assert record.values["forward_pass"] == 4
+    assert record.scores["student after"]["loss"] == pytest.approx(whole.scores["student after"]["loss"], rel=1e-5)
+
+
+def test_when_not_even_one_sequence_fits_the_way_out_is_named(training, memory):
+    memory["sequences"] = 0
+    with pytest.raises(
+        TrainingError, match=r"out of memory with 1 sequences per forward pass; use training\.max_length"
+    ):
+        distill(parse_recipe(training))
+
+
+def test_memory_that_runs_out_in_the_optimizer_is_no_matter_of_the_batch(training, monkeypatch):
+    def full(self, closure=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(TrainingError, match=r"in the optimizer's own step; a smaller batch would not help"):
+        distill(parse_recipe(training))
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Sequences of the train split whose teacher is broken: their loss is infinite, or their gradient alone."""
+    real, bad = trainer_module.loss_sums, {"loss": set(), "gradient": set()}
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.nan
+
+    def spoiling(model, base, batch, **options):
+        sums = real(model, base, batch, **options)
+        present = set(batch["sequence_index"].tolist())
+        if present & bad["gradient"]:
+            object.__setattr__(sums, "total", Poison.apply(sums.total))
+        if present & bad["loss"]:
+            owner = torch.repeat_interleave(batch["sequence_index"], batch["sequence_targets"])
+            sums.ce_N[torch.isin(owner, torch.tensor(sorted(bad["loss"])))] = torch.inf
+            object.__setattr__(sums, "total", sums.total * torch.inf)
+        return sums
+
+    monkeypatch.setattr(trainer_module, "loss_sums", spoiling)
+    return bad
+
+
+def test_a_loss_that_is_not_finite_names_its_sequences(training, spoilt):
+    spoilt["loss"] = {7}
+    with pytest.raises(
+        TrainingError, match=r"the loss is not finite at step \d, in the sequences 7 of the train split"
+    ):
+        distill(parse_recipe(training))
+
+
+def test_a_gradient_that_is_not_finite_names_the_batch(training, spoilt):
+    spoilt["gradient"] = {7}
+    with pytest.raises(TrainingError, match=r"the gradient is not finite at step \d, in the sequences .*\b7\b"):
+        distill(parse_recipe(training))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_may_be_left_out_and_are_counted(training, spoilt, what):
+    spoilt[what] = {7}
+    training["training"] |= {"skip_nonfinite": 2, "save_steps": 4}
+    heard = Heard()
+    record = distill(parse_recipe(training), progress=heard)
+    assert record.values["skipped_steps"] == 2  # once an epoch
+    told = [w for w in heard.warnings if "is left out" in w]
+    assert len(told) == 2
+    assert f"its {what} is not finite" in told[0]
+    assert "0 more may be" in told[1]
+    for row in read_log(record.output / "log.csv"):  # the losses of the others; the gradient's norm is told as it was
+        assert math.isfinite(row["loss"])
+        assert math.isfinite(row.get("ce", 0.0))
+    training["training"]["skip_nonfinite"] = 1
+    training["output"] += "-strict"
+    with pytest.raises(TrainingError, match="after 1 steps left out"):
+        distill(parse_recipe(training))
+
+
+def test_a_step_left_out_changes_neither_weights_nor_optimizer(training, spoilt):
+    """The run without the bad step's update is the run in which that step never had a gradient."""
+    spoilt["gradient"] = set(range(1000))
+    training["training"] |= {"skip_nonfinite": 1000}
+    record = distill(parse_recipe(training))
+    assert record.values["skipped_steps"] == record.values["steps"]
+    assert record.scores["student after"] == record.scores["student before"]
+
+
+def test_an_optimizer_that_does_not_run_here_is_replaced_in_words(values, monkeypatch, tmp_path):
+    import bitsandbytes
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernels for this device")
+
+    monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", broken)
+    values["training"]["optimizer"] = "paged_adamw_8bit"
+    said = []
+    arguments = training_arguments(
+        parse_recipe(values).training, device="cpu", seed=0, checkpoints=tmp_path, tell=said.append
+    )
+    assert arguments.optim == transformers.training_args.OptimizerNames.ADAMW_TORCH
+    assert said == [
+        "paged_adamw_8bit needs bitsandbytes' optimizers, which fail on this cpu (RuntimeError: no kernels for this device); "
+        "adamw_torch is used instead"
+    ]
