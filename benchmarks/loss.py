@@ -1,7 +1,6 @@
 """What the loss costs and how exact it is, beside everything one would otherwise use; one run, one table each.
 
-    python benchmarks/loss.py                       # head and loss alone, V = 151,936, and gradient errors
-    python benchmarks/loss.py --steps CACHE STUDENT TEACHER   # whole student steps on a cache
+    python benchmarks/loss.py        # head and loss alone, V = 151,936, and gradient errors; training.py has whole steps
 
 Time is the median over rounds in which every variant ran once, each in a process of its own, so that a machine that
 slows down slows all of them; memory is the process's peak above what holds the inputs. One thread.
@@ -15,10 +14,8 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -239,111 +236,12 @@ def naive_bf16_error(states, head, labels, teacher, weights) -> float:
     return relative_error(torch.autograd.grad(total, leaf)[0], truth)
 
 
-def step_table(cache_directory: str, student: str, teacher: str, steps: int, batch: int) -> None:
-    """Whole training steps (batch from the cache, forward, loss, backward, AdamW) in turn on the same sequences."""
-    import logging
-    import warnings
-
-    import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    from kdcache.cache.reader import open_cache
-    from kdcache.models import attach_lora, load_model
-    from kdcache.student.collate import Collator
-    from kdcache.student.sampler import EpochOrder
-    from kdcache.student.trainer import DistillationTrainer, SplitDataset
-
-    torch.set_num_threads(1)
-    cache = open_cache(cache_directory)
-    split = cache.split("train")
-    collate = Collator(cache.plan.tokenizer.pad_id, TEMPERATURE)
-    live = load_model(teacher, quantization="nf4", dtype="bfloat16", device="cpu")
-
-    def plain(sequences):
-        """Padding alone, as a collator for fine-tuning does it."""
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = [torch.from_numpy(s.token_ids.astype("int64")) for _, s in sequences]
-        labels = [i.masked_fill(~torch.from_numpy(s.targets), -100) for i, (_, s) in zip(ids, sequences, strict=True)]
-        mask = pad([torch.ones_like(i) for i in ids], batch_first=True)
-        return {
-            "input_ids": pad(ids, batch_first=True), "attention_mask": mask,
-            "labels": pad(labels, batch_first=True, padding_value=-100),
-        }  # fmt: skip
-
-    class LiveTrainer(transformers.Trainer):
-        """Teacher in the loop, full logits: what the cache replaces."""
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            with torch.inference_mode():
-                target = live(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-            labels = inputs["labels"][:, 1:]
-            counts = labels != -100
-            logits = (
-                model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-                .logits[:, :-1][counts]
-                .float()
-            )
-            ce = F.cross_entropy(logits, labels[counts], reduction="sum")
-            p = torch.softmax(target[:, :-1][counts].float() / TEMPERATURE, dim=1)
-            kl = F.kl_div(torch.log_softmax(logits / TEMPERATURE, dim=1), p, reduction="sum")
-            return (0.5 * ce + 0.5 * TEMPERATURE**2 * kl) / num_items_in_batch
-
-    def trainer(kind, collator, **extra):
-        transformers.set_seed(0)
-        model = load_model(student, quantization="nf4", dtype="bfloat16", device="cpu")
-        model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=True)
-        arguments = transformers.TrainingArguments(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, bf16=True, use_cpu=True, report_to=[],
-            remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=False, disable_tqdm=True,
-        )  # fmt: skip
-        made = kind(model=model, args=arguments, train_dataset=SplitDataset(split), data_collator=collator, **extra)
-        made.model_wrapped = made.accelerator.prepare(model)
-        made.create_optimizer()
-        return made
-
-    distillation = {"vocab_size": cache.vocab_size, "temperature": TEMPERATURE, "ce_weight": 0.5, "kd_weight": 0.5}
-    contenders = {
-        "CE alone, transformers.Trainer": (trainer(transformers.Trainer, plain), plain),
-        "cached KD": (trainer(DistillationTrainer, collate, distillation=distillation), collate),
-        "teacher in the loop, full logits": (trainer(LiveTrainer, plain), plain),
-    }
-    sizes = [cache.plan.shards[i].sequences for i in split.shards]
-    order = EpochOrder(sizes, cache_id=cache.id, seed=0, epoch=0).between(0, len(split)).tolist()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for step in range(steps + 2):
-        indices = [order[(step * batch + i) % len(order)] for i in range(batch)]
-        sequences = [(i, split[i]) for i in indices]  # decoded once, before any clock starts
-        turn = step % len(contenders)
-        for name in [*contenders, *contenders][turn : turn + len(contenders)]:
-            made, collator = contenders[name]
-            started = time.perf_counter()
-            features = collator(sequences)
-            count = (features["labels"][:, 1:] != -100).sum()
-            made.training_step(made.model_wrapped, features, num_items_in_batch=count)
-            made.optimizer.step()
-            made.optimizer.zero_grad()
-            if step >= 2:
-                times[name].append(time.perf_counter() - started)
-    base = times["CE alone, transformers.Trainer"]
-    print(
-        f"\nQLoRA step on {Path(student).name}, batch {batch}, V = {cache.vocab_size:,}, {steps} steps in turn, one thread\n"
-    )
-    print("| step | median ms | x CE alone, pair by pair |\n|---|---:|---:|")
-    for name, own in times.items():
-        ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
-        print(f"| {name} | {1000 * statistics.median(own):.0f} | {ratio:.2f} |")
-
-
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", nargs=3, metavar=("CACHE", "STUDENT", "TEACHER"))
-    parser.add_argument("--count", type=int, default=30, help="steps to time")
-    parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
     if args.one:
         one(args.one, args.rows)
@@ -351,9 +249,6 @@ def main() -> None:
     from kdcache.student.record import hardware
 
     print(f"torch {torch.__version__}, {hardware()['device']}")
-    if args.steps:
-        step_table(*args.steps, args.count, args.batch)
-        return
     cost_table(args.rows, args.rounds)
     if torch.cuda.is_available():
         gpu_table(args.rounds)

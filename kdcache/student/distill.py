@@ -23,7 +23,7 @@ from kdcache.student.agreement import TRAIN, VALIDATION, refuse_low_temperature,
 from kdcache.student.arguments import training_arguments
 from kdcache.student.assembly import make_trainer, tell_of_cut, tell_of_tail
 from kdcache.student.packing import refuse_leaks
-from kdcache.student.processes import once, turns
+from kdcache.student.processes import is_sharded, loaded_whole, once, turns
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
 from kdcache.student.recovery import train_to_end, translated
 from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map
@@ -78,6 +78,12 @@ def distill(
 
 
 def fitting_cache(recipe: Recipe, progress: Progress) -> Cache:
+    """The recipe's cache, once it is sure that it can be trained from it; says what the teacher is like at its temperature.
+
+    Raises:
+        CacheError: it is incomplete or damaged, has not the splits, or cannot give the temperature.
+        PlanMismatchError: it was made from another recipe.
+    """
     cache = open_cache(recipe.cache.directory, progress=progress)
     cache.look_over()
     refuse_other_cache(recipe, cache)
@@ -129,7 +135,8 @@ def _distil(
             progress=progress,
         )
 
-    model = load_student(student)
+    with loaded_whole():
+        model = load_student(student)
     refuse_narrow_head(model, cache.vocab_size, student.model)
     if training.packing:
         refuse_leaks(model)
@@ -161,8 +168,11 @@ def _distil(
         seconds=round(time.monotonic() - started, 1),
     )
 
+    # Weights that an engine has cut are gathered by all processes together.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded() else None
+
     def keep() -> None:
-        model.save_pretrained(str(run.model))
+        model.save_pretrained(str(run.model), state_dict=weights)
         tokenizer.save_pretrained(str(run.model))
         write_model_card(run.model, recipe, cache, scores)
         run.finish(record)

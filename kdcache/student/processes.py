@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -35,8 +37,26 @@ def once(arguments: transformers.TrainingArguments, action: Callable[[], T]) -> 
 
 def turns(arguments: transformers.TrainingArguments) -> tuple[int, int]:
     """This process and their number, where processes may work on different batches; sharded models work on the same ones."""
-    sharded = bool(arguments.fsdp) or arguments.deepspeed is not None
-    return (0, 1) if sharded else (arguments.process_index, arguments.world_size)
+    return (0, 1) if is_sharded() else (arguments.process_index, arguments.world_size)
+
+
+def is_sharded() -> bool:
+    """Whether the launcher asks for an engine that cuts the model or the optimizer: FSDP or DeepSpeed."""
+    return any(os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("FSDP", "DEEPSPEED"))
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Load a model whole although ZeRO-3 is on, and leave the cutting to the trainer: transformers would cut while it loads,
+    which rules out placing it on a device."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def leave() -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
+# What DeepSpeed and FSDP put into a checkpoint in the place of optimizer.pt.
+_ENGINES = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")
 GLOBAL_BATCH = "training.batch_size x accumulation x processes"
 # What may change between two sittings of one run without changing the student. The global batch may not; how it is cut may.
 _FREE_KEYS = (
@@ -241,6 +243,8 @@ def _broken(checkpoint: Path) -> str | None:
     state = checkpoint / "trainer_state.json"
     try:
         json.loads(state.read_text())
+        if any(list(checkpoint.glob(pattern)) for pattern in _ENGINES):
+            return None  # its own format, which it checks itself
         weights = list(checkpoint.glob("*.safetensors"))
         if not weights:
             return "no weights"

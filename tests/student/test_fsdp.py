@@ -18,7 +18,13 @@ KINDS = ("full", "lora", "nf4")
 
 
 def train(shared_cache, models, engine, processes, folder):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "DS_ACCELERATOR": "cpu",
+    }
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
         str(ROOT / "tests/student/fsdp_processes.py"), str(shared_cache), str(models / "student"), engine,
