@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.cache.reader import open_cache
 from kdcache.student.sampler import EpochOrder
 
 HERE = Path(__file__).parent
@@ -89,7 +90,7 @@ def mixing_training_part(
             return parse_recipe({k: v for k, v in values.items() if k != "embedded"})
 
         cache = capture(recipe(windows[0], 0), Silent())
-        shards = len(cache.split("train").shards)
+        shards = len(open_cache(cache.directory).split("train").shards)
         for seed in range(seeds):
             for window in windows:
                 scores = distill(recipe(window, seed)).scores

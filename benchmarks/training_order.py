@@ -84,7 +84,9 @@ def batches_between(
     return found
 
 
-def order_part(cuts: int = 50, loader_cuts: int = 3, shards: int = 8, epochs: int = 2) -> Iterator[str]:
+def order_part(
+    cuts: int = 50, loader_cuts: int = 3, shards: int = 8, epochs: int = 2, trials: int = 150
+) -> Iterator[str]:
     """World x workers x cut points x two resumes, and many more shapes of caches.
 
     Args:
@@ -92,6 +94,7 @@ def order_part(cuts: int = 50, loader_cuts: int = 3, shards: int = 8, epochs: in
         loader_cuts: as many of them again through real data loaders.
         shards: of the cache.
         epochs: of the training.
+        trials: shapes of caches whose order alone is looked at.
 
     Raises:
         OrderError: one combination differs.
@@ -115,7 +118,7 @@ def order_part(cuts: int = 50, loader_cuts: int = 3, shards: int = 8, epochs: in
                 refuse_difference(found, whole, len(split), f"{world=} {workers=} {first=} {second=} {grouped=}")
                 seen[processes][0] += 1
                 seen[processes][1] += len(whole)
-    paper = on_paper()
+    paper = on_paper(trials)
     rows = {
         f"world {{1, 2, 3, 4}} x workers {{0, 1, 2}} x {cuts} cut points x 2 resumes, twice (plain, grouped)": seen[
             False
@@ -165,7 +168,7 @@ def refuse_difference(found: dict[int, list[int]], whole: list[list[int]], seque
         raise OrderError(f"{where}: other global batches at the steps {different[:8]}")
 
 
-def on_paper(trials: int = 150) -> tuple[int, int]:
+def on_paper(trials: int) -> tuple[int, int]:
     """Orders and plans alone, for many shapes of caches: combinations and global batches checked."""
     generator = np.random.default_rng(3)
     checked = batches = 0

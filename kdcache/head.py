@@ -21,6 +21,9 @@ class Head:
         self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, compute: torch.dtype = torch.float32
     ) -> None:
         weight = weight_VD.detach()
+        if weight.is_cuda and torch.is_autocast_enabled("cuda"):
+            # As the model's own head would be multiplied; QLoRA's preparation has made it float32.
+            weight = weight.to(torch.get_autocast_dtype("cuda"))
         self.native = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
         self._weight_VD = weight if self.native else weight.to(compute)
         self._bias_V = None if bias_V is None else bias_V.detach().to(compute)

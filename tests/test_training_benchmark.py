@@ -180,8 +180,9 @@ def test_a_duplicate_and_an_omission_are_seen(split):
 def test_the_order_is_checked_for_every_combination():
     from training_order import on_paper, order_part
 
-    text = "\n".join(order_part(cuts=2, loader_cuts=0, shards=3))
+    text = "\n".join(order_part(cuts=2, loader_cuts=0, shards=3, trials=2))
     assert "x 2 cut points x 2 resumes, twice (plain, grouped) | 48 |" in text
+    assert "one cut | 8 |" in text
     checked, batches = on_paper(4)
     assert checked == 16 < batches
 
