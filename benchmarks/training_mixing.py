@@ -27,7 +27,7 @@ def mixing_part(shards: int = 48, size: int = 512, batch: int = 16, epochs: int 
     base = mixing(shuffles, size, batch)
     yield f"\n### Mixing: a split sorted by topic, {shards} shards of {size} sequences, batch {batch}, {epochs} epochs\n"
     yield (
-        "| shuffle_shards | distinct shards in a batch | of a full shuffle's | spread of the batches' mean place, x a full "
+        "| shuffle_shards (default 8) | distinct shards in a batch | of a full shuffle's | spread of the batches' mean place, x a full "
         "shuffle's | correlation of neighbouring batches |"
     )
     yield "|---|---:|---:|---:|---:|"

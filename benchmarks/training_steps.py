@@ -107,12 +107,11 @@ def steps_part(subject: Subject) -> Iterator[str]:
     yield (
         f"\nLive KD takes {live:.2f} x the time of cached KD and {whole[LIVE] / whole[CACHED]:.2f} x the memory. Targets: "
         f"time <= 1.05 x SFT {verdict(paired(found[CACHED].seconds, base.seconds) <= 1.05)}, memory <= 1.05 x SFT "
-        f"{verdict(whole[CACHED] <= 1.05 * whole[SFT])}, counted after `malloc_trim`."
+        f"{verdict(whole[CACHED] <= 1.05 * whole[SFT])}."
     )
     yield (
-        "\nBefore the first step every contender gives back what loading left on its heap, which `train-student` does not: "
-        "untrimmed, a process starts with up to twice the memory, by chance, and its data loader's worker keeps a copy of "
-        "part of it. One process each: memory has no spread here."
+        "\nAll students are loaded by `kdcache.models.load_model`, which gives back what loading leaves on the heap. One process "
+        "each: memory has no spread here."
     )
 
 

@@ -6,7 +6,6 @@ it is given the next turn, so that several can be measured step by step beside e
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -84,8 +83,6 @@ class Turns(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model is loaded; the first batch is not."""
         gc.collect()
-        # What loading took and left is no part of the training.
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
         self._tell({"loaded": memory("VmRSS")})
         # From here on the peak counts anew.
         Path("/proc/self/clear_refs").write_text("5")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -10,6 +12,12 @@ from kdcache.errors import DeviceError, ModelError
 
 if TYPE_CHECKING:
     import torch
+
+
+def give_back_memory() -> None:
+    """Hand pages that are free again to the system, where the C library can: loading leaves gigabytes of them to the process."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resolve_device(device: str) -> str:

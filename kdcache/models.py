@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.devices import own_gpu, refuse_absent_attention, resolve_device
+from kdcache.devices import give_back_memory, own_gpu, refuse_absent_attention, resolve_device
 from kdcache.errors import ModelError
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def load_model(
     loaded.config.use_cache = False
     loaded.eval()
     _refuse_changed_logits(loaded, model)
+    give_back_memory()
     return loaded
 
 

@@ -45,6 +45,9 @@ def explain(exc: ValidationError, model: type[BaseModel]) -> str:
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if error["type"] == "extra_forbidden":
         known = [*recipe_keys(model), *model.model_fields]
+        above = ".".join(p for p in path[:-1] if p not in ("float", "Ramp"))
+        if path[-2:-1] == ["Ramp"]:
+            return f"unknown recipe key {key}; {above} takes a number, or {{start: , end: , shape: linear or cosine}}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see recipes/README.md for every key"
         return f"unknown recipe key {key}{hint}{more}"

@@ -109,7 +109,11 @@ class TrainingSection(Section):
         False, description="Put sequences of similar length into one global batch: less padding, less random."
     )
     shuffle_shards: int = Field(
-        2, ge=1, le=64, description="Shards that are mixed at a time; as many are held in memory."
+        8,
+        ge=1,
+        le=256,
+        description="Shards that are mixed at a time, and held in memory; a split of no more is shuffled as a whole. Raise it for "
+        "data that lies on disk sorted by topic.",
     )
     workers: int = Field(1, ge=0, le=64, description="Processes that read and decode the cache beside the training.")
     clip: float | None = Field(0.5, gt=0, description="Largest gradient norm; null does not clip.")
@@ -142,6 +146,12 @@ class TrainingSection(Section):
         default_factory=list,
         description="Further loggers of transformers (tensorboard, wandb, trackio); log.csv is always written.",
     )
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> TrainingSection:
+        if self.max_steps == 0:
+            raise ValueError("training.max_steps should be -1 (epochs decide) or at least 1, found 0")
+        return self
 
     @model_validator(mode="after")
     def _evaluations(self) -> TrainingSection:

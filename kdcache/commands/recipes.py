@@ -120,7 +120,7 @@ def train_student(
     from kdcache.progress import Silent
 
     chosen, progress = chosen_recipe(recipe, overrides), console_progress() if is_first_process() else Silent()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         _refuse_to_make_models(chosen, recipe)
     ready_embedded(chosen, progress)
     if dry_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,29 @@ def kl_temperature(cache: Cache) -> float:
     return 1.0 if 1.0 in cache.temperatures else min(cache.temperatures)
 
 
-@torch.inference_mode()
 def student_score(
+    model: PreTrainedModel,
+    split: Split,
+    *,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+    **options: Any,
+) -> Score:
+    """`score_in_batches`, in batches of half the size where memory runs out, and again; several processes do not."""
+    while True:
+        try:
+            return score_in_batches(model, split, batch_size=batch_size, share=share, progress=progress, **options)
+        except torch.OutOfMemoryError:
+            if batch_size == 1 or share[1] > 1:
+                raise
+            batch_size //= 2
+        if progress is not None:
+            progress.warning(f"out of memory: scoring goes on with {batch_size} sequences per forward pass")
+
+
+@torch.inference_mode()
+def score_in_batches(
     model: PreTrainedModel,
     split: Split,
     *,
@@ -128,7 +149,7 @@ def student_score(
                 progress.advance(done)
                 continue
             batch = {k: v.to(model.device) for k, v in collate(pairs).items()}
-            with torch.autocast(model.device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
+            with torch.autocast(model.device.type, AUTOCAST[precision], enabled=precision != "fp32"):
                 sums = loss_sums(
                     model,
                     model,

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from kdcache.devices import resolve_device
 from kdcache.errors import DeviceError, RecipeError
+from kdcache.models import first_line
 from kdcache.recipe_training import TrainingSection
+from kdcache.student.processes import launched
 
 
 def training_arguments(
@@ -53,7 +56,12 @@ def training_arguments(
             "greater_is_better": False,
             "load_best_model_at_end": training.keep_best,
         }
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = launched() > 1
+    if training.skip_nonfinite and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise RecipeError(
+            "training.skip_nonfinite is not to be had with DeepSpeed, which makes its step before the gradient can be looked at; "
+            "leave it out, or use DDP or FSDP"
+        )
     try:
         arguments = transformers.TrainingArguments(
             output_dir=str(checkpoints),
@@ -90,12 +98,27 @@ def training_arguments(
             average_tokens_across_devices=True,
             **options,
         )
-    except ValueError as exc:
-        raise RecipeError(f"transformers refuses the training section: {' '.join(str(exc).split())[:300]}") from exc
+        _try_out(arguments)
+    except (ValueError, TypeError, ImportError, RuntimeError) as exc:
+        raise RecipeError(f"transformers refuses the training section: {first_line(exc)}") from exc
     # Several visible GPUs would be driven by DataParallel, which multiplies the batch behind the recipe's back.
     _ = arguments.n_gpu
     arguments._n_gpu = min(1, arguments._n_gpu)
     return arguments
+
+
+def _try_out(arguments: transformers.TrainingArguments) -> None:
+    """Make what transformers makes of three names only after hours of loading: schedule, optimizer, loggers."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    steps = 10
+    transformers.get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([parameter], lr=0.1),
+        num_warmup_steps=1,
+        num_training_steps=steps,
+    )
+    transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    get_reporting_integration_callbacks(arguments.report_to)
 
 
 def optimizer_for(name: str, place: str, tell: Callable[[str], None]) -> str:
@@ -124,5 +147,5 @@ def _problem_of_bitsandbytes(place: str) -> str | None:
         parameter.grad = torch.ones_like(parameter)
         bitsandbytes.optim.AdamW8bit([parameter]).step()
     except (ImportError, RuntimeError, NotImplementedError, AttributeError) as exc:
-        return f"{type(exc).__name__}: {' '.join(str(exc).split())[:120]}"
+        return first_line(exc)
     return None

@@ -9,6 +9,7 @@ import transformers
 
 from kdcache.cache.reader import Cache
 from kdcache.errors import TrainingError
+from kdcache.models import first_line
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
 from kdcache.recipe_training import LossSection, Ramp, Scheduled, describe, span_of, value_at
@@ -64,7 +65,7 @@ def make_trainer(
             },
         )
     except (ValueError, ImportError, RuntimeError) as exc:
-        raise TrainingError(f"transformers cannot set up the training: {' '.join(str(exc).split())[:300]}") from exc
+        raise TrainingError(f"transformers cannot set up the training: {first_line(exc)}") from exc
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcache.cache.codec import CachedSequence
 from kdcache.cache.reader import Split
@@ -35,7 +36,7 @@ class OrderOptions:
     """What besides the cache the order of samples depends on; as `EpochOrder` takes it."""
 
     seed: int = 0
-    window: int = 2
+    window: int = 8
     group_by_length: bool = False
     max_length: int | None = None
 
@@ -76,12 +77,14 @@ class MicroBatches(Dataset[Batch]):
         start, stop = self._plan.span(number)
         filler = start == stop
         indices = order.between(start, stop + filler).tolist()
-        self._read_ahead(epoch, order, start)
         pairs = [(i, self._split[i]) for i in indices]
+        # Only now: what is needed at once should not wait for what is needed soon.
+        self._read_ahead(epoch, order, start)
         if filler:
             pairs = [(-1, pairs[0][1])]
         temperature = self._temperature_at(epoch * self._plan.steps + number // self._plan.accumulation)
-        return {**self._collate(pairs, temperature=temperature), "temperature": temperature}
+        batch = {**self._collate(pairs, temperature=temperature), "temperature": temperature}
+        return batch if get_worker_info() is None else _as_arrays(batch)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Batch]:
         """What a DataLoader asks for."""
@@ -107,14 +110,14 @@ class MicroBatches(Dataset[Batch]):
         return lengths if self._options.max_length is None else np.minimum(lengths, self._options.max_length)
 
     def _read_ahead(self, epoch: int, order: EpochOrder, start: int) -> None:
-        """Once in every window: have the shard that comes with the next one decoded meanwhile."""
+        """Once in every window: have its shards decoded meanwhile, and the one that comes with the next."""
         window = order.window_at(start)
         if (epoch, window) == self._announced:
             return
         self._announced = epoch, window
-        if window + 1 < order.windows:
-            coming = set(order.shards_of(window + 1)) - set(order.shards_of(window))
-            self._split.read_ahead(sorted(coming))
+        here = order.shards_of(window)
+        coming = order.shards_of(window + 1) if window + 1 < order.windows else []
+        self._split.read_ahead([*here, *(s for s in coming if s not in here)])
 
 
 def micro_batch_loader(
@@ -128,7 +131,19 @@ def micro_batch_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        # Its own: drawing from the global generator would shift the student's dropout by how often workers were started.
+        generator=torch.Generator(),
     )
+
+
+def as_tensors(batch: Batch) -> Batch:
+    """A batch as a worker sent it, with the tensors it was made of."""
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+
+
+def _as_arrays(batch: Batch) -> Batch:
+    """Arrays go through a pipe; for every tensor torch would open a file of shared memory, which takes longer."""
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def _only(items: list[Batch]) -> Batch:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
+from kdcache.evaluate.perplexity import AUTOCAST
 from kdcache.recipe_training import TrainingSection
 from kdcache.student.batches import Batch
 from kdcache.student.forward import loss_sums
 from kdcache.student.loss import CHUNK_BYTES
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}
 
 
 class Bench:
@@ -116,7 +115,7 @@ class Bench:
     def _sums(self, batch: Batch) -> Any:
         placed = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         precision = self._training.precision
-        with torch.autocast(self.device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
+        with torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32"):
             return loss_sums(self._model, self._model, placed, **self._loss)
 
     def _seconds(self, work: Callable[[], object]) -> float:

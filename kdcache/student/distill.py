@@ -84,7 +84,8 @@ def fitting_cache(recipe: Recipe, progress: Progress) -> Cache:
         CacheError: it is incomplete or damaged, has not the splits, or cannot give the temperature.
         PlanMismatchError: it was made from another recipe.
     """
-    cache = open_cache(recipe.cache.directory, progress=progress)
+    # As many as are mixed, the one that comes next, and one that is scored.
+    cache = open_cache(recipe.cache.directory, keep=recipe.training.shuffle_shards + 2, progress=progress)
     cache.look_over()
     refuse_other_cache(recipe, cache)
     for name in (TRAIN, VALIDATION):

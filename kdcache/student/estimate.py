@@ -7,7 +7,6 @@ layers on the recipe's own micro-batches.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from kdcache.student.bench import padded_tokens
 from kdcache.student.distill import fitting_cache
 from kdcache.student.parameters import Parameters, count_parameters, outline, read_config
 from kdcache.student.probe import Probe, probe, shortened, write_random
+from kdcache.student.processes import launched
 from kdcache.student.sampler import BatchPlan
 from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map
 
@@ -141,7 +141,7 @@ def estimate_training(
     if recipe.student is None:
         raise RecipeError("train-student needs the recipe section student")
     student, training = recipe.student, recipe.training
-    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    processes = processes or launched()
     cache = fitting_cache(recipe, progress)
     tokenizer = load_tokenizer(student.model, student.revision)
     refuse_other_tokens(token_map(tokenizer), cache.vocabulary(), student.model)
@@ -189,9 +189,11 @@ def estimate_training(
         positions=round(sample.positions * len(train)) if training.max_length else train.summary.positions,
         cut_to=training.max_length,
         padded_tokens=sample.padded,
-        evaluations=2 + (steps // training.eval_steps if training.eval_steps else 0),
+        # In between, and once more at the last step.
+        evaluations=2 + (-(-steps // training.eval_steps) if training.eval_steps else 0),
         score_micro_batches=len(validation) / training.batch_size * (1.0 if training.max_length else longer),
-        keep_checkpoints=training.keep_checkpoints,
+        # One more while it is written, and the best where it is kept.
+        keep_checkpoints=training.keep_checkpoints + 1 + training.keep_best,
         measured=measured,
         reading_seconds=0.0 if training.workers else sample.seconds,
         remarks=tuple(text for text, applies in remarks.items() if applies),

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 import transformers
 
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, TrainingError
 
 T = TypeVar("T")
 
@@ -33,6 +33,29 @@ def once(arguments: transformers.TrainingArguments, action: Callable[[], T]) -> 
     if isinstance(outcome[0], KdcacheError):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
+
+
+def launched() -> int:
+    """How many processes a launcher started, 1 without one.
+
+    Raises:
+        TrainingError: its variables do not make sense.
+    """
+    said = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR")}
+    size = said["WORLD_SIZE"]
+    if size is None:
+        return 1
+    if not size.isascii() or not size.isdigit() or size == "0":
+        raise TrainingError(
+            f"WORLD_SIZE should be the number of processes, found {size!r}; let torchrun or accelerate launch set it"
+        )
+    missing = [name for name, value in said.items() if value is None]
+    if int(size) > 1 and missing:
+        raise TrainingError(
+            f"WORLD_SIZE says {size} processes, but {' and '.join(missing)} is not set; start them with torchrun or accelerate "
+            "launch, or unset WORLD_SIZE"
+        )
+    return int(size)
 
 
 def turns(arguments: transformers.TrainingArguments) -> tuple[int, int]:

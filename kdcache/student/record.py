@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.cache.reader import Cache
 from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
+from kdcache.models import first_line
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
 from kdcache.recipe_training import describe
@@ -242,7 +245,7 @@ def _broken(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, or None."""
     state = checkpoint / "trainer_state.json"
     try:
-        json.loads(state.read_text())
+        TrainerState.load_from_json(str(state))
         if any(list(checkpoint.glob(pattern)) for pattern in _ENGINES):
             return None  # its own format, which it checks itself
         weights = list(checkpoint.glob("*.safetensors"))
@@ -253,8 +256,11 @@ def _broken(checkpoint: Path) -> str | None:
                 continue
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+        with safe_globals():
+            for path in checkpoint.glob("rng_state*.pth"):
+                torch.load(path, weights_only=True)
     except Exception as exc:  # there is no end to what a damaged file makes its reader raise
-        return f"{type(exc).__name__}: {' '.join(str(exc).split())[:120]}"
+        return first_line(exc)
     return None
 
 

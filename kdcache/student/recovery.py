@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError
 
 from kdcache.errors import StorageError, TrainingError
+from kdcache.models import first_line
 from kdcache.progress import Progress
 from kdcache.student.checkpoints import best_checkpoint
 from kdcache.student.trainer import DistillationTrainer
@@ -142,5 +143,4 @@ def translated(path: Path, batch_size: int) -> Iterator[None]:
             and "PytorchStreamWriter" not in str(exc)
         ):
             raise
-        reason = " ".join(str(exc).split())[:200]
-        raise StorageError(f"cannot write to {path}: {reason}; free some space and go on by --resume") from exc
+        raise StorageError(f"cannot write to {path}: {first_line(exc)}; free some space and go on by --resume") from exc

@@ -1,14 +1,17 @@
 """Order of samples = f(cache id, seed, epoch), the same on every machine, and found at any place without what lies before it.
 
-The shards of a split are permuted, each is shuffled and cut into ``window`` parts, and the parts go by like a conveyor:
+A split of few shards is shuffled as a whole. Of a larger one the shards are permuted, each is shuffled and cut into ``window``
+parts, and the parts go by like a conveyor, one shard leaving and one coming with every window (here of 3):
 
     window 0:  s0 part 0
     window 1:  s0 part 1, s1 part 0
-    window 2:             s1 part 1, s2 part 0      (two shards at a time: one leaves, one comes)
+    window 2:  s0 part 2, s1 part 1, s2 part 0
+    window 3:             s1 part 2, s2 part 1, s3 part 0
 
-Sequences are shuffled inside a window, so reading stays sequential on disk, memory holds ``window`` shards, and every shard
-is read once per epoch. The last `RESERVE` sequences of a window leave out the shard that is about to go: a batch of up to
-that many never needs more than ``window`` shards, wherever a run goes on.
+Inside a window, chunks of at least `CHUNK` sequences of one shard (or all that a part has) come in random order. So reading stays sequential on disk,
+memory holds ``window`` shards, every shard is read once per epoch, neighbouring batches come from all over the window, and a
+batch no larger than a chunk needs two shards at most, wherever a run goes on. (Sequences shuffled over the window would mix
+a little better, and a run that goes on would have to read the whole window first: ``benchmarks/training.py`` measures both.)
 
 Global batch ``g`` of an epoch is ``order[g * G : (g + 1) * G]``. How many processes share it, and in how many forward
 passes, is arithmetic on top (`BatchPlan`).
@@ -25,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-RESERVE = 64
+CHUNK = 32
 # Global batches that are sorted by length together.
 _POOL = 32
 
@@ -40,7 +43,7 @@ class EpochOrder:
         cache_id: of the cache.
         seed: of the order.
         epoch: counted from 0.
-        window: shards that are mixed at a time.
+        window: shards that are mixed at a time; a split of no more is shuffled as a whole.
         lengths: given to group by length: tokens of each sequence of a shard, by the shard's place in the split.
         global_batch: sequences of an optimizer step; only grouping by length depends on it.
     """
@@ -52,7 +55,7 @@ class EpochOrder:
         cache_id: str,
         seed: int,
         epoch: int,
-        window: int = 2,
+        window: int = 8,
         lengths: Callable[[int], Indices] | None = None,
         global_batch: int = 1,
     ) -> None:
@@ -118,16 +121,11 @@ class EpochOrder:
         if self._together > 1:
             order = generator.permutation(self._first[-1])
         else:
-            newest = int(self._shards[window]) if window < len(self._shards) else None
-            youngest = window - len(self._shards) + 1 if newest is None else 0
-            parts = [self._part(s, youngest + age) for age, s in enumerate(reversed(shards))]
-            members = np.concatenate(parts)
-            mixed = generator.permutation(len(members))
-            staying = (
-                np.flatnonzero(mixed < len(members) - len(parts[-1])) if len(parts) == self._parts > 1 else mixed[:0]
-            )
-            last = staying[max(0, len(staying) - min(RESERVE, len(staying) // 4)) :]
-            order = members[np.concatenate((np.delete(mixed, last), mixed[last]))]
+            # The newest of them is in its first part, unless none came with this window.
+            youngest = max(0, window - len(self._shards) + 1)
+            parts = [self._part(shard, youngest + age) for age, shard in enumerate(reversed(shards))]
+            chunks = [chunk for part in parts for chunk in np.array_split(part, max(1, len(part) // CHUNK))]
+            order = np.concatenate([chunks[i] for i in generator.permutation(len(chunks))])
         if self._lengths is None:
             return order
         return self._grouped(order, int(self._starts[window]), shards, generator)

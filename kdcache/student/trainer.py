@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import transformers
 from torch.utils.data import DataLoader
 
 from kdcache.evaluate.perplexity import student_score
-from kdcache.student.batches import Batch, MicroBatches, OrderOptions, SplitDataset, micro_batch_loader
+from kdcache.student.batches import Batch, MicroBatches, OrderOptions, SplitDataset, as_tensors, micro_batch_loader
 from kdcache.student.checkpoints import best_checkpoint, saved_whole
 from kdcache.student.divergence import Divergence
 from kdcache.student.forward import loss_sums
-from kdcache.student.nonfinite import NonFiniteGuard, named_sequences
+from kdcache.student.nonfinite import NonFiniteGuard, named_sequences, skipped_in
 from kdcache.student.processes import turns
 from kdcache.student.sampler import BatchPlan, MicroBatchNumbers
 
@@ -77,7 +77,8 @@ class CachedDistillation:
         self._sum_over = self.args.per_device_train_batch_size
         # Makes the trainer count targets over the accumulation window and leave our scaling alone.
         self.model_accepts_loss_kwargs = True
-        self._window = torch.zeros(3, dtype=torch.float64)
+        # CE, divergence and tokens since the last log line, and those of the step in flight.
+        self._window, self._pending = torch.zeros(2, 3, dtype=torch.float64)
         self._guard = NonFiniteGuard(skip_nonfinite, tell)
         self._numbers: MicroBatchNumbers | None = None
         self._total_steps = 1  # until there is a loader
@@ -85,9 +86,9 @@ class CachedDistillation:
         self.add_callback(_Upkeep(self))
 
     @property
-    def skipped_steps(self) -> int:
+    def skipped_steps(self: Any) -> int:
         """Steps left out because their loss or gradient was not finite."""
-        return self._guard.skipped
+        return skipped_in(self.state)
 
     def get_train_dataloader(self: Any) -> DataLoader[Batch]:
         """This process's micro-batches; not accelerate's sharding, which repeats sequences to even out an epoch's end."""
@@ -105,6 +106,10 @@ class CachedDistillation:
             workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+
+    def get_batch_samples(self: Any, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, and the number of their targets over all processes."""
+        return super().get_batch_samples(map(as_tensors, epoch_iterator), num_batches, device)  # type: ignore[misc]
 
     def compute_loss(
         self: Any,
@@ -127,7 +132,7 @@ class CachedDistillation:
         if not math.isfinite(total):
             self._guard.loss_not_finite(named_sequences(sums, inputs), self.state)
         elif model.training:  # an evaluation in between is no part of the training log
-            self._window += torch.tensor([ce, divergence, tokens], dtype=torch.float64)
+            self._pending += torch.tensor([ce, divergence, tokens], dtype=torch.float64)
             self._guard.seen(inputs)
         if self._reduction == "sum":
             loss = sums.total * (self.args.world_size * self._sum_over / self._numbers.plan.global_batch)
@@ -207,13 +212,20 @@ class _Upkeep(transformers.TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The run directory may lie elsewhere than when the state was saved."""
+        """The run directory may lie elsewhere than when the state was saved, and how often to log or save have changed."""
+        state.compute_steps(args, state.max_steps)
+        self._trainer._pending.zero_()
         state.best_model_checkpoint = best_checkpoint(Path(args.output_dir), state.best_global_step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next iteration of the loader is of this epoch: by steps, since a fraction of epochs may be off by rounding."""
         numbers = self._trainer._numbers
         numbers.epoch = state.global_step // numbers.plan.steps
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is made, and belongs to the log."""
+        self._trainer._window += self._trainer._pending
+        self._trainer._pending.zero_()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The best so far can only be kept if it is saved."""

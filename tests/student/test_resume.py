@@ -56,11 +56,14 @@ def stopped(recipe, monkeypatch, step):
 
 
 def test_a_run_stopped_three_times_ends_in_the_same_bytes(training, monkeypatch):
+    training["training"]["workers"] = 1
     whole = distill(parse_recipe(training))
     steps = whole.values["steps"]
+    epoch = steps // 2
+    assert epoch % 3 == 0  # a checkpoint stands where an epoch ends
     training["output"] += "-stopped"
     # Another number of workers is no other run.
-    for workers, step in ((0, 5), (2, steps // 2 + 2), (1, steps - 1)):
+    for workers, step in ((1, 5), (0, epoch + 2), (2, epoch + 4), (1, steps - 1)):
         training["training"]["workers"] = workers
         stopped(parse_recipe(training), monkeypatch, step)
     parts = distill(parse_recipe(training), resume=True)
@@ -110,6 +113,25 @@ def test_two_processes_go_on_with_the_run_of_one(training, tmp_path):
     for ours, theirs in zip(moved, read_log(whole.output / "log.csv"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert ours["ce"] == pytest.approx(theirs["ce"], rel=1e-3)
+
+
+def test_how_often_to_log_and_save_may_change(training, monkeypatch):
+    stopped(parse_recipe(training), monkeypatch, 4)
+    training["training"] |= {"save_steps": 2, "logging_steps": 4}
+    record = distill(parse_recipe(training), resume=True)
+    logged = [row["step"] for row in read_log(record.output / "log.csv")]
+    assert logged[:3] == [1, 2, 3]
+    assert set(logged[3:]) == {n for n in range(4, record.values["steps"] + 1) if n % 4 == 0} | {record.values["steps"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [("rng_state.pth", b"broken"), ("trainer_state.json", b"[]"), ("optimizer.pt", b"broken")]
+)
+def test_a_checkpoint_with_any_damaged_file_is_passed_over(training, monkeypatch, name, damage):
+    training["training"]["keep_checkpoints"] = 5
+    stopped(parse_recipe(training), monkeypatch, 8)
+    (Path(training["output"]) / "checkpoints" / "checkpoint-6" / name).write_bytes(damage)
+    assert distill(parse_recipe(training), resume=True).values["resumed_at"] == 3
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
 """Memory that runs out, numbers that are not finite: the run goes on as it would have, or stops and says why."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
-from kdcache.errors import TrainingError
+from kdcache.errors import RecipeError, TrainingError
+from kdcache.evaluate import perplexity
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
+from kdcache.student import distill as distill_module
 from kdcache.student import trainer as trainer_module
 from kdcache.student.arguments import training_arguments
 from kdcache.student.distill import distill
 from kdcache.student.log import read_log
+from kdcache.student.nonfinite import NonFiniteGuard
 
 
 class Heard(Silent):
@@ -69,6 +73,28 @@ def test_memory_that_runs_out_halves_the_forward_pass_and_nothing_else(
     for ours, theirs in zip(*(read_log(r.output / "log.csv") for r in (record, whole)), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert record.scores["student after"]["loss"] == pytest.approx(whole.scores["student after"]["loss"], rel=1e-4)
+
+
+def test_an_evaluation_that_needs_more_memory_is_made_in_smaller_batches(training, monkeypatch):
+    plain = distill(parse_recipe(training | {"training": training["training"] | {"eval_steps": 4}}))
+    real = perplexity.loss_sums
+
+    def limited(model, base, batch, **options):
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, base, batch, **options)
+
+    monkeypatch.setattr(perplexity, "loss_sums", limited)
+    training["output"] += "-small"
+    training["training"]["eval_steps"] = 4
+    heard = Heard()
+    record = distill(parse_recipe(training), progress=heard)
+    assert record.values["forward_pass"] == 8  # the training was never short of memory
+    assert "out of memory: scoring goes on with 2 sequences per forward pass" in heard.warnings
+    evaluated, expected = (
+        [row["eval_loss"] for row in read_log(r.output / "log.csv") if "eval_loss" in row] for r in (record, plain)
+    )
+    assert evaluated == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_summed_loss_is_the_same_after_memory_ran_out(training, memory):
@@ -169,6 +195,91 @@ def test_a_step_left_out_changes_neither_weights_nor_optimizer(training, spoilt)
     record = distill(parse_recipe(training))
     assert record.values["skipped_steps"] == record.values["steps"]
     assert record.scores["student after"] == record.scores["student before"]
+
+
+def test_steps_left_out_are_remembered_by_a_run_that_is_gone_on_with_at_its_end(training, spoilt):
+    spoilt["loss"] = {7}
+    training["training"]["skip_nonfinite"] = 2
+    record = distill(parse_recipe(training))
+    (record.output / "run.json").unlink()
+    assert distill(parse_recipe(training), resume=True).values["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_every_process_leaves_out_what_one_of_them_has_seen(monkeypatch, elsewhere):
+    """An infinite loss with a finite gradient: the process that saw it and the one that did not."""
+    told = []
+
+    def worst_of_all(flag, op):
+        told.append(flag.item())
+        if elsewhere:
+            flag.fill_(1.0)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", worst_of_all)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model = torch.nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    guard, state = NonFiniteGuard(1), transformers.TrainerState()
+    guard.seen({"sequence_index": torch.tensor([3])})
+    if not elsewhere:
+        guard.loss_not_finite("5", state)
+    arguments = SimpleNamespace(world_size=2, fp16=False, device="cpu")
+    guard.on_pre_optimizer_step(arguments, state, None, model=model)
+    assert told == [0.0 if elsewhere else 1.0]
+    assert all(p.grad is None for p in model.parameters())
+    guard.loss_not_finite("5", state)
+    with pytest.raises(TrainingError, match="not finite at step 1 after 1 steps left out"):
+        guard.on_pre_optimizer_step(arguments, state, None, model=model)
+
+
+def test_half_precision_may_overflow_but_not_for_ever():
+    guard, state = NonFiniteGuard(), transformers.TrainerState()
+    arguments, skipped = SimpleNamespace(fp16=True), SimpleNamespace(step_was_skipped=True)
+    for _ in range(19):
+        guard.on_optimizer_step(arguments, state, None, optimizer=skipped)
+    guard.on_optimizer_step(arguments, state, None, optimizer=SimpleNamespace(step_was_skipped=False))
+    for _ in range(19):
+        guard.on_optimizer_step(arguments, state, None, optimizer=skipped)
+    with pytest.raises(TrainingError, match="20 steps in a row"):
+        guard.on_optimizer_step(arguments, state, None, optimizer=skipped)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"schedule": "cosine_with_min_lr"}, "transformers refuses the training section"),
+        ({"optimizer": "galore_adamw"}, "transformers refuses the training section"),
+        ({"optimizer": "nonsense"}, "transformers refuses the training section"),
+        ({"report_to": ["nonsense"]}, "transformers refuses the training section"),
+        ({"max_steps": 0}, r"training\.max_steps should be -1"),
+    ],
+)
+def test_what_transformers_cannot_make_is_refused_before_anything_is_loaded(training, keys, message, monkeypatch):
+    monkeypatch.setattr(distill_module, "load_student", lambda *a: pytest.fail("loaded"))
+    training["training"] |= keys
+    with pytest.raises(RecipeError, match=message):
+        distill(parse_recipe(training))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE should be the number of processes, found 'abc'"),
+        ({"WORLD_SIZE": "2"}, "but RANK and MASTER_ADDR is not set; start them with torchrun"),
+    ],
+)
+def test_launchers_variables_that_make_no_sense_are_named(training, variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=message):
+        distill(parse_recipe(training))
+
+
+def test_deepspeed_cannot_leave_out_steps(training, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    training["training"]["skip_nonfinite"] = 1
+    with pytest.raises(RecipeError, match="skip_nonfinite is not to be had with DeepSpeed"):
+        distill(parse_recipe(training))
 
 
 def test_an_optimizer_that_does_not_run_here_is_replaced_in_words(values, monkeypatch, tmp_path):

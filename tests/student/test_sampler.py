@@ -1,5 +1,6 @@
 """Order of samples: every sequence once, the same global batches however they are cut, found anywhere at once."""
 
+import copy
 from itertools import product
 
 import numpy as np
@@ -7,7 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.student.sampler import RESERVE, BatchPlan, EpochOrder, MicroBatchNumbers
+from kdcache.cache.reader import Cache, open_cache
+from kdcache.recipe import parse_recipe
+from kdcache.student.batches import MicroBatches, OrderOptions
+from kdcache.student.sampler import CHUNK, BatchPlan, EpochOrder, MicroBatchNumbers
+from kdcache.teacher.capture import capture
 
 SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 
@@ -48,13 +53,21 @@ def test_the_shards_of_a_window_are_those_of_its_sequences(sizes, window):
         assert len(shards) <= window
 
 
-@pytest.mark.parametrize(("window", "size"), [(1, 1), (2, RESERVE // 2), (3, RESERVE // 2), (5, RESERVE // 2)])
-def test_a_batch_anywhere_needs_no_more_shards_than_are_mixed(window, size):
-    sizes = [300 + 7 * i for i in range(9)]
+@pytest.mark.parametrize("window", [1, 2, 3, 8])
+def test_a_batch_anywhere_needs_two_shards_at_most_and_a_longer_stretch_all_of_the_window(window):
+    sizes = [8 * CHUNK + 7 * i for i in range(20)]
     order = order_of(sizes, window=window)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)[order]
-    needed = [len(set(shard_of[start : start + size].tolist())) for start in range(len(order) - size)]
-    assert max(needed) == window
+    for size, most in ((CHUNK, 2), (CHUNK // 4, 2)):
+        assert max(len(set(shard_of[start : start + size].tolist())) for start in range(len(order) - size)) == most
+    middle = slice(len(order) // 2, len(order) // 2 + 4 * 8 * CHUNK)
+    assert len(set(shard_of[middle].tolist())) > window
+
+
+def test_few_shards_are_shuffled_as_a_whole():
+    sizes = [512] * 6
+    shard_of = order_of(sizes)[: 32 * 16].reshape(-1, 16) // 512
+    assert np.mean([len(set(row)) for row in shard_of.tolist()]) > 5
 
 
 def test_order_changes_with_cache_seed_and_epoch_and_with_nothing_else():
@@ -68,22 +81,24 @@ def test_order_changes_with_cache_seed_and_epoch_and_with_nothing_else():
 def test_the_order_of_a_release_stays_the_order():
     """A resumed run must go on with the same batches after an update."""
     assert order_of([5, 4, 6], cache_id="a", seed=1, epoch=2).tolist() == [
-        12,
-        10,
-        11,
-        13,
-        1,
         3,
-        14,
+        11,
         0,
-        9,
-        7,
         8,
         2,
-        4,
-        6,
+        14,
         5,
+        12,
+        7,
+        1,
+        4,
+        9,
+        13,
+        10,
+        6,
     ]
+    larger = order_of([150, 140, 130], cache_id="a", seed=1, epoch=2, window=2)
+    assert larger[100:106].tolist() == [22, 59, 146, 142, 117, 116]
 
 
 def test_grouping_makes_global_batches_of_one_length_and_keeps_them_random():
@@ -123,3 +138,31 @@ def test_global_batches_are_the_same_for_every_cut(sequences):
                 assert start < sequences  # a filler is a sequence that exists
                 found[number // accumulation] += range(start, stop)
         assert [sorted(f) for f in found] == expected, (batch, accumulation, world)
+
+
+@pytest.fixture(scope="module")
+def many_shards(base_values, tmp_path_factory):
+    own = copy.deepcopy(base_values)
+    own["cache"] = {"directory": str(tmp_path_factory.mktemp("many") / "cache"), "positions_per_shard": 30}
+    return capture(parse_recipe(own)).directory
+
+
+@pytest.mark.parametrize(("window", "workers", "batch"), [(1, 1, 4), (2, 1, 4), (3, 2, 2), (8, 1, 4), (8, 3, 1)])
+def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypatch, window, workers, batch):
+    cache = open_cache(many_shards, keep=window + 2)
+    split = cache["train"]
+    assert len(split.shards) >= 12
+    loads = []
+    real = Cache.load
+    monkeypatch.setattr(Cache, "load", lambda self, index: (loads.append(index), real(self, index))[1])
+    plan = BatchPlan(len(split), batch, 1)
+    for worker in range(workers):
+        loads.clear()
+        batches = MicroBatches(
+            split, plan, OrderOptions(window=window), lambda pairs, temperature: {}, lambda step: 1.0
+        )
+        for number in range(worker, plan.micro_batches, workers):
+            batches[0, number]
+        cache._reader.shutdown()  # what is still being read ahead
+        assert sorted(loads) == sorted(split.shards)
+        cache._start_empty()

@@ -86,7 +86,10 @@ def test_a_schedule_below_the_declared_temperatures_is_refused(training):
     ("loss", "message"),
     [
         ({"temperature": {"start": 4}}, r"recipe lacks loss\.temperature\.end"),
-        ({"temperature": {"start": 4, "stop": 1}}, r"unknown recipe key loss\.temperature\.stop"),
+        (
+            {"temperature": {"start": 4, "stop": 1}},
+            r"key loss\.temperature\.stop; loss\.temperature takes a number, or {start",
+        ),
         (
             {"temperature": {"start": 4, "end": 1, "shape": "cubic"}},
             r"loss\.temperature\.shape: .*'linear' or 'cosine'",
