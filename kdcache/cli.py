@@ -48,6 +48,8 @@ def main() -> None:
         rank = os.environ.get("RANK", "0")
         _fail(f"error: {exc}" if rank == "0" else f"error in process {rank}: {exc}", 2)
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+            sys.exit(_INTERRUPTED)
         _fail(
             "stopped; what is committed stays, run the same command again (train-student with --resume) to go on",
             _INTERRUPTED,

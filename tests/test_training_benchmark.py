@@ -96,7 +96,7 @@ def test_tables_are_made_of_what_was_measured(subject, monkeypatch):
     text = "\n".join(steps.steps_part(subject))
     assert "| cached KD | 235 | 1.000 | 280 | 330 | 1.100 | 230 | 1.150 |" in text
     assert "Live KD takes 2.02 x the time of cached KD and 1.82 x the memory" in text
-    assert "time <= 1.05 x SFT met, memory <= 1.05 x SFT **missed**, counted after `malloc_trim`" in text
+    assert "time <= 1.05 x SFT met, memory <= 1.05 x SFT **missed**." in text
     found[steps.LIVE] = measured([0.2, 0.8], [5, 8])
     with pytest.raises(steps.ContenderError, match="not trained on the same sequences"):
         list(steps.steps_part(subject))
@@ -138,9 +138,9 @@ def test_reads_after_resuming_are_counted(tmp_path):
 
     from kdcache.student.batches import OrderOptions
 
-    lines = list(resume_part(shards=12, size=20, batch=4, places=2))
-    assert len([line for line in lines if line.startswith("| window 2")]) == 6
-    assert lines[-1].endswith("met.")
+    lines = list(resume_part(shards=12, size=40, batch=4, places=2))
+    assert len([line for line in lines if line.startswith(("| by default", "| grouped by length"))]) == 6
+    assert "Target: at most 2 shard reads met." in lines[-1]
     indexed_cache(tmp_path / "cache", [20] * 12 + [3])
     # Batches of four shards' sequences: a window of four needs most of them, and the count shows it.
     wide = Resumable(tmp_path / "cache", tmp_path / "run", 16, OrderOptions(window=4))

@@ -136,6 +136,7 @@ def score_in_batches(
     was_training = model.training
     model.eval()
     scores = torch.zeros(3, dtype=torch.float64)
+    passed = 0
     progress.begin(f"evaluate {what}", split.summary.positions, "tokens")
     try:
         scored = ((i, s) for i, s in enumerate(split) if s.targets[:max_length].any())
@@ -147,6 +148,7 @@ def score_in_batches(
             done = sum(len(s.rows) for _, s in pairs)
             if number % share[1] != share[0]:
                 progress.advance(done)
+                passed += done
                 continue
             batch = {k: v.to(model.device) for k, v in collate(pairs).items()}
             with torch.autocast(model.device.type, AUTOCAST[precision], enabled=precision != "fp32"):
@@ -162,7 +164,12 @@ def score_in_batches(
             scores = scores + torch.tensor(
                 [sums.ce, sums.divergence, len(batch["teacher_log_tail"])], dtype=torch.float64
             )
-            progress.advance(done, f"perplexity {math.exp(min(float(scores[0] / scores[2]), 700.0)):.3f}")
+            # Of several processes none knows the perplexity before the end.
+            note = f"perplexity {math.exp(min(float(scores[0] / scores[2]), 700.0)):.3f}" if share[1] == 1 else ""
+            progress.advance(done, note)
+            passed += done
+        # Sequences that were cut to nothing are done as well.
+        progress.advance(split.summary.positions - passed)
     finally:
         progress.end()
         model.train(was_training)

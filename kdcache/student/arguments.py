@@ -118,7 +118,8 @@ def _try_out(arguments: transformers.TrainingArguments) -> None:
         num_training_steps=steps,
     )
     transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
-    get_reporting_integration_callbacks(arguments.report_to)
+    for logger in get_reporting_integration_callbacks(arguments.report_to):
+        logger()
 
 
 def optimizer_for(name: str, place: str, tell: Callable[[str], None]) -> str:

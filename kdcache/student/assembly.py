@@ -9,6 +9,7 @@ import transformers
 
 from kdcache.cache.reader import Cache
 from kdcache.errors import TrainingError
+from kdcache.evaluate.perplexity import Score
 from kdcache.models import first_line
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
@@ -121,6 +122,33 @@ def tell_of_cut(max_length: int | None, cache: Cache, progress: Progress) -> Non
         progress.warning(
             f"the cache keeps positions by {chosen}, chosen from sequences of up to {cache.plan.data.max_length} tokens; of what "
             f"is left at training.max_length {max_length} another share may be kept, and the KD term is scaled by the whole's"
+        )
+
+
+def tell_of_steps(trainer: DistillationTrainer, progress: Progress) -> None:
+    """Say what a step is: a launcher that starts fewer processes than were meant makes another experiment."""
+    args, plan = trainer.args, trainer.batch_plan
+    processes = f" x {args.world_size} processes" if args.world_size > 1 else ""
+    progress.message(
+        f"{plan.global_batch} sequences a step ({plan.batch_size} x {plan.accumulation}{processes}), {trainer.total_steps} steps, "
+        f"{plan.steps} an epoch"
+    )
+
+
+def tell_of_end(trainer: DistillationTrainer, scores: dict[str, Score], progress: Progress) -> None:
+    """Say which student was kept and why, and whether it is any better."""
+    state = trainer.state
+    if state.global_step < trainer.total_steps:
+        progress.message(f"stopped at step {state.global_step}: no better evaluation for training.patience of them")
+    if trainer.args.load_best_model_at_end:
+        progress.message(
+            f"the student of step {state.best_global_step}, of the best evaluation, is the one that is saved"
+        )
+    before, after = scores["student before"], scores["student after"]
+    if after.loss > before.loss:
+        progress.warning(
+            f"the student is worse on the validation split than before (perplexity {before.perplexity:.3f}, now "
+            f"{after.perplexity:.3f}): train longer, or lower training.learning_rate"
         )
 
 

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
+
+from kdcache.models import first_line
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _UNFINISHED = "unfinished"
+# What DeepSpeed and FSDP put into a checkpoint in the place of optimizer.pt.
+_ENGINES = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")
 
 
 @contextmanager
@@ -61,6 +68,29 @@ def best_checkpoint(folder: Path, step: int | None) -> str | None:
     """Where the checkpoint of the best evaluation lies now; a run directory may have been moved since it was saved."""
     path = folder / f"checkpoint-{step}"
     return str(path) if step and path.is_dir() else None
+
+
+def problem_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None."""
+    state = checkpoint / "trainer_state.json"
+    try:
+        TrainerState.load_from_json(str(state))
+        if any(list(checkpoint.glob(pattern)) for pattern in _ENGINES):
+            return None  # its own format, which it checks itself
+        weights = list(checkpoint.glob("*.safetensors"))
+        if not weights:
+            return "no weights"
+        for path in weights:
+            with safe_open(path, framework="pt"):
+                continue
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+        with safe_globals():
+            for path in checkpoint.glob("rng_state*.pth"):
+                torch.load(path, weights_only=True)
+    except Exception as exc:  # there is no end to what a damaged file makes its reader raise
+        return first_line(exc)
+    return None
 
 
 def _together(args: Any) -> None:

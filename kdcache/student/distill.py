@@ -21,7 +21,7 @@ from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection
 from kdcache.student.agreement import TRAIN, VALIDATION, refuse_low_temperature, refuse_other_cache
 from kdcache.student.arguments import training_arguments
-from kdcache.student.assembly import make_trainer, tell_of_cut, tell_of_tail
+from kdcache.student.assembly import make_trainer, tell_of_cut, tell_of_end, tell_of_steps, tell_of_tail
 from kdcache.student.packing import refuse_leaks
 from kdcache.student.processes import is_sharded, loaded_whole, once, turns
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
@@ -74,6 +74,7 @@ def distill(
                 recipe, student, cache, run, arguments, tokenizer, resume=resume, progress=progress, started=started
             )
     finally:
+        run.release()
         progress.end()
 
 
@@ -148,12 +149,14 @@ def _distil(
     checkpoint = once(arguments, lambda: run.newest_checkpoint(progress)) if resume else None
     if checkpoint is not None:
         progress.message(f"going on from {checkpoint.name}")
+    tell_of_steps(trainer, progress)
     train_to_end(trainer, checkpoint, progress)
     scores = {
         "student before": before,
         "student after": score("student after"),
         "teacher": teacher_score(validation, max_length=training.max_length),
     }
+    tell_of_end(trainer, scores, progress)
     record = run_record(
         recipe,
         cache,

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from safetensors import safe_open
-from transformers import TrainerState
-from transformers.trainer_pt_utils import safe_globals
 
 from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.cache.reader import Cache
 from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
-from kdcache.models import first_line
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
 from kdcache.recipe_training import describe
-from kdcache.student.checkpoints import checkpoints
+from kdcache.student.checkpoints import checkpoints, problem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
-# What DeepSpeed and FSDP put into a checkpoint in the place of optimizer.pt.
-_ENGINES = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")
+_LOCK = ".lock"
 GLOBAL_BATCH = "training.batch_size x accumulation x processes"
 # What may change between two sittings of one run without changing the student. The global batch may not; how it is cut may.
 _FREE_KEYS = (
@@ -76,6 +73,7 @@ class RunDirectory:
         self.table = path / "table.md"
         self.plot = path / "loss.png"
         self._overwrite = False
+        self._lock: TextIO | None = None
         self._started = path / "started.json"
         self._record = path / "run.json"
 
@@ -88,7 +86,7 @@ class RunDirectory:
             TrainingError: the directory holds a run that neither flag allows to touch, or another run.
         """
         self._overwrite = overwrite
-        found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        found = sorted(p.name for p in self.path.iterdir() if p.name != _LOCK) if self.path.is_dir() else []
         if found and not self._started.exists():
             raise TrainingError(
                 f"{self.path} holds something that is no run ({', '.join(found[:4])}); give the recipe key output "
@@ -116,20 +114,40 @@ class RunDirectory:
             StorageError: it cannot be written.
         """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
             if self._overwrite:
                 for path in (self.model, self.checkpoints):
                     shutil.rmtree(path, ignore_errors=True)
                 for path in (self.log, self._record, self.table, self.plot, self._started):
                     path.unlink(missing_ok=True)
-            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
         write_file(self._started, json.dumps(_identity(recipe, cache_id, world), indent=1).encode())
 
+    def _take(self) -> None:
+        """Hold the directory until `release`, or the end of the process: two trainings would write into each other."""
+        self._lock = (self.path / _LOCK).open("a")
+        try:
+            # Of this process alone: workers that outlive it for some seconds should not hold up who goes on.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as exc:
+            self.release()
+            raise TrainingError(
+                f"another process is training in {self.path}; wait for it, stop it (its workers too), or give the recipe key "
+                "output another directory"
+            ) from exc
+
+    def release(self) -> None:
+        """Others may train in the directory again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def newest_checkpoint(self, progress: Progress) -> Path | None:
         """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
         for path in reversed(checkpoints(self.checkpoints)):
-            problem = _broken(path)
+            problem = problem_of(path)
             if problem is None:
                 return path
             # Passed over, not removed: what cannot be read now may be readable tomorrow.
@@ -184,7 +202,8 @@ def run_record(
 ) -> RunRecord:
     """Everything needed to repeat or compare a run; ``training`` are facts of it such as its steps."""
     parameters = {
-        "total": sum(p.numel() for p in model.parameters()),
+        # Packed 4-bit weights remember how many they are.
+        "total": sum(_count(p) for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     values = {
@@ -202,6 +221,12 @@ def run_record(
         "hardware": hardware(),
     }
     return RunRecord(Path(recipe.output), values)
+
+
+def _count(parameter: torch.nn.Parameter) -> int:
+    """Numbers in a parameter; packed 4-bit weights remember how many they are."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def write_model_card(folder: Path, recipe: Recipe, cache: Cache, scores: dict[str, Score]) -> None:
@@ -239,29 +264,6 @@ def hardware() -> dict[str, Any]:
     else:
         device = {"name": "cpu", "capability": torch.backends.cpu.get_cpu_capability()}
     return {"device": device, "cpus": os.cpu_count(), "system": platform.system(), "machine": platform.machine()}
-
-
-def _broken(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None."""
-    state = checkpoint / "trainer_state.json"
-    try:
-        TrainerState.load_from_json(str(state))
-        if any(list(checkpoint.glob(pattern)) for pattern in _ENGINES):
-            return None  # its own format, which it checks itself
-        weights = list(checkpoint.glob("*.safetensors"))
-        if not weights:
-            return "no weights"
-        for path in weights:
-            with safe_open(path, framework="pt"):
-                continue
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-        with safe_globals():
-            for path in checkpoint.glob("rng_state*.pth"):
-                torch.load(path, weights_only=True)
-    except Exception as exc:  # there is no end to what a damaged file makes its reader raise
-        return first_line(exc)
-    return None
 
 
 def _identity(recipe: Recipe, cache_id: str, world: int) -> dict[str, Any]:

@@ -86,6 +86,21 @@ class CachedDistillation:
         self.add_callback(_Upkeep(self))
 
     @property
+    def batch_plan(self: Any) -> BatchPlan:
+        """How this process shares in the global batches."""
+        args = self.args
+        return BatchPlan(
+            len(self.train_dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size,
+            args.process_index,
+        )  # fmt: skip
+
+    @property
+    def total_steps(self: Any) -> int:
+        """Optimizer steps of the whole training."""
+        args = self.args
+        return int(args.max_steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.batch_plan.steps)
+
+    @property
     def skipped_steps(self: Any) -> int:
         """Steps left out because their loss or gradient was not finite."""
         return skipped_in(self.state)
@@ -94,10 +109,8 @@ class CachedDistillation:
         """This process's micro-batches; not accelerate's sharding, which repeats sequences to even out an epoch's end."""
         dataset, args = self.train_dataset, self.args
         assert isinstance(dataset, SplitDataset)
-        plan = BatchPlan(
-            len(dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size, args.process_index
-        )  # fmt: skip
-        self._total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps)
+        plan = self.batch_plan
+        self._total_steps = self.total_steps
         temperature_at = partial(_value_at_step, self._scheduled["temperature"], self._total_steps)
         self._numbers = MicroBatchNumbers(plan)
         return micro_batch_loader(

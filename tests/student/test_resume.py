@@ -189,3 +189,15 @@ def test_checkpoints_appear_whole_and_are_pruned(training, monkeypatch):
     steps = record.values["steps"]
     left = sorted(p.name for p in (output / "checkpoints").iterdir())
     assert left == sorted(f"checkpoint-{n}" for n in (steps - 2, steps - 1, steps))
+
+
+def test_two_trainings_cannot_share_a_directory(training, monkeypatch):
+    stopped(parse_recipe(training), monkeypatch, 4)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(Path(training["output"]) / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(TrainingError, match="another process is training in"):
+            distill(parse_recipe(training), resume=True)
+        other.communicate(b"\n")
+    assert distill(parse_recipe(training), resume=True).values["resumed_at"] == 3
