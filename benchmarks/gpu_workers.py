@@ -39,8 +39,8 @@ from kdcache.models import load_model, quiet_libraries
 from kdcache.progress import Silent
 from kdcache.recipe import Recipe, parse_recipe
 from kdcache.student.arguments import training_arguments
+from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.collate import IGNORED, Collator
-from kdcache.student.distill import load_student, with_adapter
 from kdcache.student.record import hardware
 from kdcache.student.trainer import DistillationTrainer, SplitDataset
 from kdcache.teacher.capture import capture, load_teacher

@@ -29,9 +29,9 @@ from kdcache.cache.reader import Cache, open_cache
 from kdcache.models import load_model, quiet_libraries
 from kdcache.recipe import Recipe, parse_recipe
 from kdcache.student.arguments import training_arguments
+from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.batches import OrderOptions, SplitDataset
 from kdcache.student.collate import Collator
-from kdcache.student.distill import load_student, with_adapter
 from kdcache.student.sampler import EpochOrder
 from kdcache.student.trainer import DistillationTrainer
 

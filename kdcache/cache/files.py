@@ -95,6 +95,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush(path: Path) -> None:
+    """Have what a file or directory holds written through to the disk; errors are the system's own."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove_left_over(directory: Path) -> None:
     """Remove temporary files whose writer is gone; what cannot be removed stays and does no harm."""
     for path in directory.glob(f"{layout.TEMPORARY_PREFIX}*"):

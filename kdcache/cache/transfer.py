@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kdcache.cache import layout
-from kdcache.cache.files import sync_directory
+from kdcache.cache.files import flush, sync_directory
 from kdcache.cache.pace import Guard, Meter, Retry, StoppedError
 from kdcache.cache.remote import Place, explain, worth_retrying
 from kdcache.errors import CorruptCacheError, DamagedObjectError, StorageError, TransferError
@@ -186,7 +186,7 @@ class Transfer:
             if check is not None:
                 check(temporary)
             with _on_disk(path):
-                _flush(temporary)
+                flush(temporary)
                 temporary.rename(path)
                 sync_directory(path.parent)
             arrived = True
@@ -261,11 +261,3 @@ def _on_disk(path: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {path}: {exc.strerror or exc}; what has arrived stays, run the same command again"
         ) from exc
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from kdcache.models import load_adapter
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import parse_recipe
 from kdcache.student.agreement import VALIDATION
-from kdcache.student.distill import load_student
+from kdcache.student.assembly import load_student
 from kdcache.student.record import RunRecord, load_record
 
 if TYPE_CHECKING:

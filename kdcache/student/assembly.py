@@ -1,8 +1,9 @@
-"""A recipe and a cache -> the trainer, and what the user should know of the teacher's tail."""
+"""A recipe and a cache -> the student, the trainer, and what the user should know of the teacher's tail."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -10,9 +11,9 @@ import transformers
 from kdcache.cache.reader import Cache
 from kdcache.errors import TrainingError
 from kdcache.evaluate.perplexity import Score
-from kdcache.models import first_line
+from kdcache.models import attach_lora, first_line, load_model
 from kdcache.progress import Progress
-from kdcache.recipe import Recipe
+from kdcache.recipe import Recipe, StudentSection
 from kdcache.recipe_training import LossSection, Ramp, Scheduled, describe, span_of, value_at
 from kdcache.student.agreement import TRAIN, VALIDATION
 from kdcache.student.batches import OrderOptions, SplitDataset
@@ -26,6 +27,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOW_MASS = 0.5
+
+
+def load_student(student: StudentSection, saved: Path | None = None) -> PreTrainedModel:
+    """The recipe's student as it starts, or the fully trained model that a run saved."""
+    return load_model(
+        student.model if saved is None else str(saved),
+        revision=student.revision if saved is None else None,
+        quantization=student.quantization,
+        dtype=student.dtype,
+        device=student.device,
+        attention=student.attention,
+    )
+
+
+def with_adapter(model: PreTrainedModel, student: StudentSection) -> PreTrainedModel:
+    """The model with the recipe's LoRA, or with every weight trainable."""
+    if student.lora is None:
+        return model.requires_grad_(True)
+    return attach_lora(
+        model,
+        r=student.lora.r,
+        alpha=student.lora.alpha,
+        dropout=student.lora.dropout,
+        targets=student.lora.targets,
+        dora=student.lora.dora,
+        rslora=student.lora.rslora,
+        quantized=student.quantization != "none",
+    )
 
 
 def make_trainer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from kdcache.cache.files import flush, sync_directory
 from kdcache.models import first_line
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -42,12 +42,12 @@ def saved_whole(trainer: Any) -> Iterator[None]:
     _together(args)
     if args.should_save:
         for path in sorted((aside / name).rglob("*")):
-            _make_durable(path)
-        _make_durable(aside / name)
+            (sync_directory if path.is_dir() else flush)(path)
+        sync_directory(aside / name)
         # One that could not be read, or that a run from an older one has come to again.
         shutil.rmtree(folder / name, ignore_errors=True)
         (aside / name).rename(folder / name)
-        _make_durable(folder)
+        sync_directory(folder)
         shutil.rmtree(aside, ignore_errors=True)
     _together(args)
     state.best_model_checkpoint = best_checkpoint(folder, state.best_global_step)
@@ -96,11 +96,3 @@ def problem_of(checkpoint: Path) -> str | None:
 def _together(args: Any) -> None:
     if args.world_size > 1:
         torch.distributed.barrier()
-
-
-def _make_durable(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,12 +16,20 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.store import open_cache
 from kdcache.errors import CacheError, RecipeError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
-from kdcache.models import attach_lora, load_model, refuse_narrow_head
+from kdcache.models import refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection
 from kdcache.student.agreement import TRAIN, VALIDATION, refuse_low_temperature, refuse_other_cache
 from kdcache.student.arguments import training_arguments
-from kdcache.student.assembly import make_trainer, tell_of_cut, tell_of_end, tell_of_steps, tell_of_tail
+from kdcache.student.assembly import (
+    load_student,
+    make_trainer,
+    tell_of_cut,
+    tell_of_end,
+    tell_of_steps,
+    tell_of_tail,
+    with_adapter,
+)
 from kdcache.student.packing import refuse_leaks
 from kdcache.student.processes import is_sharded, loaded_whole, once, turns
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
@@ -29,7 +37,7 @@ from kdcache.student.recovery import train_to_end, translated
 from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def distill(
@@ -183,31 +191,3 @@ def _distil(
 
     once(arguments, keep)
     return record
-
-
-def load_student(student: StudentSection, saved: Path | None = None) -> PreTrainedModel:
-    """The recipe's student as it starts, or the fully trained model that a run saved."""
-    return load_model(
-        student.model if saved is None else str(saved),
-        revision=student.revision if saved is None else None,
-        quantization=student.quantization,
-        dtype=student.dtype,
-        device=student.device,
-        attention=student.attention,
-    )
-
-
-def with_adapter(model: PreTrainedModel, student: StudentSection) -> PreTrainedModel:
-    """The model with the recipe's LoRA, or with every weight trainable."""
-    if student.lora is None:
-        return model.requires_grad_(True)
-    return attach_lora(
-        model,
-        r=student.lora.r,
-        alpha=student.lora.alpha,
-        dropout=student.lora.dropout,
-        targets=student.lora.targets,
-        dora=student.lora.dora,
-        rslora=student.lora.rslora,
-        quantized=student.quantization != "none",
-    )

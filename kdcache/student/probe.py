@@ -22,9 +22,9 @@ import transformers
 from kdcache.errors import StorageError, TrainingError
 from kdcache.models import first_line
 from kdcache.recipe import Recipe, StudentSection
+from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.batches import Batch
 from kdcache.student.bench import Bench, layers_of, padded_tokens
-from kdcache.student.distill import load_student, with_adapter
 from kdcache.student.packing import refuse_leaks
 from kdcache.student.parameters import outline
 

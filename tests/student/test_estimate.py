@@ -12,9 +12,10 @@ from kdcache.cache.reader import open_cache
 from kdcache.errors import CacheError, RecipeError
 from kdcache.recipe import StudentSection, parse_recipe
 from kdcache.student import estimate as estimate_module
+from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.bench import Bench
 from kdcache.student.collate import Collator
-from kdcache.student.distill import distill, load_student, with_adapter
+from kdcache.student.distill import distill
 from kdcache.student.estimate import estimate_training
 from kdcache.student.parameters import count_parameters, optimizer_bytes, outline, read_config
 from kdcache.student.probe import PerLayer, probe, shortened, write_random
