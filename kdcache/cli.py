@@ -16,6 +16,10 @@ import typer
 # Imported for the commands they register, in the order in which --help lists them.
 import kdcache.commands.recipes
 
+import kdcache.commands.sweeps  # isort: skip
+import kdcache.commands.evaluation  # isort: skip
+import kdcache.commands.inference  # isort: skip
+import kdcache.commands.reports  # isort: skip
 import kdcache.commands.caches  # isort: skip
 import kdcache.commands.derive  # isort: skip
 import kdcache.commands.sharing  # noqa: F401 # isort: skip

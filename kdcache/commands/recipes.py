@@ -11,7 +11,6 @@ import typer
 from kdcache.commands.app import (
     Overrides,
     RecipeArgument,
-    RunArgument,
     app,
     chosen_recipe,
     console_progress,
@@ -146,18 +145,6 @@ def train_student(
     say(f"student in {record.output / 'model'}; record, log and plot: " + ", ".join(
         p.name for p in (record.output / "run.json", record.output / "log.csv", *pages)
     ) + f" in {record.output}")  # fmt: skip
-
-
-@app.command()
-def evaluate(
-    run: RunArgument,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
-) -> None:
-    """Score a finished run again, from its saved student and its cache."""
-    from kdcache.evaluate.saved_run import score_saved_run
-
-    record = score_saved_run(run, batch_size=batch_size, progress=console_progress())
-    say_scores(record)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Commands that measure how fast and how large students are."""

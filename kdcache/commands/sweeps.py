@@ -1,0 +1,1 @@
+"""Commands that train many students from one cache."""
