@@ -99,6 +99,9 @@ class TrainingSection(Section):
         description="Forward passes per optimizer step. batch_size x accumulation x processes is the global batch, and all "
         "that the order of samples and the result depend on.",
     )
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of the cache's train split that is learnt from: its first sequences."
+    )
     max_length: int | None = Field(
         None, ge=2, description="Cut sequences to so many tokens, as if the cache had been made at this length."
     )

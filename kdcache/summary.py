@@ -34,7 +34,7 @@ def training_lines(e: TrainingEstimate) -> list[str]:
     stored = (
         f", {p.quantised:,} in {e.student.quantization} ({p.quantised_layers} linear layers)" if p.quantised else ""
     )
-    about, cut = ("", "") if e.cut_to is None else ("about ", f", cut to {e.cut_to} tokens")
+    about, cut = "about " if e.sampled else "", "" if e.cut_to is None else f", cut to {e.cut_to} tokens"
     share = plan.global_batch / plan.sequences
     epochs = e.steps / plan.steps
     processes = f" x {plan.world} processes" if plan.world > 1 else ""

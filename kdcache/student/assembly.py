@@ -78,7 +78,7 @@ def make_trainer(
         trainer = DistillationTrainer(
             model=model,
             args=arguments,
-            train_dataset=SplitDataset(cache.split(TRAIN)),
+            train_dataset=SplitDataset(cache.split(TRAIN), training.fraction),
             eval_dataset=SplitDataset(cache.split(VALIDATION)),
             data_collator=collator_of(recipe, cache),
             callbacks=callbacks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,14 @@ Batch = dict[str, Any]
 
 
 class SplitDataset(Dataset[tuple[int, CachedSequence]]):
-    """A split of a cache as a map-style data set of ``(index, sequence)``."""
+    """A split of a cache, or its first ``fraction``, as a map-style data set of ``(index, sequence)``."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, fraction: float = 1.0) -> None:
         self.split = split
+        self._length = max(1, round(len(split) * fraction))
 
     def __len__(self) -> int:
-        return len(self.split)
+        return self._length
 
     def __getitem__(self, index: int) -> tuple[int, CachedSequence]:
         return index, self.split[index]
@@ -46,7 +47,7 @@ class MicroBatches(Dataset[Batch]):
 
     Args:
         split: of the cache.
-        plan: how global batches are shared out.
+        plan: how global batches are shared out; of a split with more sequences than the plan has, the first are taken.
         order: seed and manner of the order.
         collate: makes a batch of ``(index, sequence)`` pairs at a temperature.
         temperature_at: the temperature at an optimizer step, counted from 0.
@@ -94,7 +95,7 @@ class MicroBatches(Dataset[Batch]):
         if self._order is None or self._order[0] != epoch:
             cache, options = self._split.cache, self._options
             order = EpochOrder(
-                [cache.plan.shards[i].sequences for i in self._split.shards],
+                first_sizes([cache.plan.shards[i].sequences for i in self._split.shards], self._plan.sequences),
                 cache_id=cache.id,
                 seed=options.seed,
                 epoch=epoch,
@@ -118,6 +119,17 @@ class MicroBatches(Dataset[Batch]):
         here = order.shards_of(window)
         coming = order.shards_of(window + 1) if window + 1 < order.windows else []
         self._split.read_ahead([*here, *(s for s in coming if s not in here)])
+
+
+def first_sizes(sizes: Sequence[int], sequences: int) -> list[int]:
+    """How many of the first ``sequences`` lie in each shard, without the shards that hold none of them."""
+    cut = []
+    for size in sizes:
+        if sequences <= 0:
+            break
+        cut.append(min(size, sequences))
+        sequences -= size
+    return cut
 
 
 def micro_batch_loader(

@@ -23,7 +23,7 @@ from kdcache.recipe_training import span_of
 from kdcache.student.agreement import TRAIN, VALIDATION
 from kdcache.student.arguments import training_arguments
 from kdcache.student.assembly import collator_of, order_of
-from kdcache.student.batches import Batch, MicroBatches
+from kdcache.student.batches import Batch, MicroBatches, SplitDataset
 from kdcache.student.bench import padded_tokens
 from kdcache.student.distill import fitting_cache
 from kdcache.student.parameters import Parameters, count_parameters, outline, read_config
@@ -50,7 +50,8 @@ class TrainingEstimate:
         micro_batches: forward passes of this process in the whole run.
         tokens: of an epoch, after cutting to ``training.max_length``.
         positions: targets of an epoch, after cutting.
-        cut_to: ``training.max_length``; where it is set, tokens and positions are scaled up from a sample.
+        cut_to: ``training.max_length``.
+        sampled: whether tokens and positions are scaled up from a sample, since not all of the split is learnt from.
         padded_tokens: tokens of an average micro-batch, with what fills it up.
         evaluations: passes over the validation split.
         score_micro_batches: average micro-batches of the train split that one evaluation comes to.
@@ -70,6 +71,7 @@ class TrainingEstimate:
     tokens: int
     positions: int
     cut_to: int | None
+    sampled: bool
     padded_tokens: float
     evaluations: int
     score_micro_batches: float
@@ -149,7 +151,8 @@ def estimate_training(
     base = outline(config, student)
     refuse_narrow_head(base, cache.vocab_size, student.model)
     train, validation = cache.split(TRAIN), cache.split(VALIDATION)
-    plan = BatchPlan(len(train), training.batch_size, training.accumulation, processes)
+    sequences = len(SplitDataset(train, training.fraction))
+    plan = BatchPlan(sequences, training.batch_size, training.accumulation, processes)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.epochs * plan.steps)
     epochs, rest = divmod(steps, plan.steps)
     sample = _sample(recipe, cache, plan)
@@ -176,6 +179,7 @@ def estimate_training(
         "the student has no list of layers that could be shortened, so that time and activations are not known": not measured,
     }
     # An evaluation takes the sequences in their order, and cuts them too: its batches are about those of the training.
+    sampled = training.max_length is not None or sequences < len(train)
     longer = validation.summary.tokens / len(validation) / (train.summary.tokens / len(train))
     return TrainingEstimate(
         architecture=type(base).__name__,
@@ -185,9 +189,10 @@ def estimate_training(
         batches=plan,
         steps=steps,
         micro_batches=epochs * plan.micro_batches + min(rest * plan.accumulation, plan.micro_batches),
-        tokens=round(sample.tokens * len(train)) if training.max_length else train.summary.tokens,
-        positions=round(sample.positions * len(train)) if training.max_length else train.summary.positions,
+        tokens=round(sample.tokens * sequences) if sampled else train.summary.tokens,
+        positions=round(sample.positions * sequences) if sampled else train.summary.positions,
         cut_to=training.max_length,
+        sampled=sampled,
         padded_tokens=sample.padded,
         # In between, and once more at the last step.
         evaluations=2 + (-(-steps // training.eval_steps) if training.eval_steps else 0),

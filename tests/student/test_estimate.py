@@ -175,6 +175,16 @@ def test_what_is_cut_is_counted_as_cut(own):
     assert f"cut to 30 tokens, about {e.tokens:,} tokens" in "\n".join(training_lines(e))
 
 
+def test_a_fraction_of_the_split_is_counted_as_one(own):
+    whole = estimate_training(parse_recipe(own))
+    own["training"]["fraction"] = 0.5
+    half = estimate_training(parse_recipe(own))
+    assert half.batches.sequences == round(whole.batches.sequences / 2)
+    split = open_cache(own["cache"]["directory"])["train"][: half.batches.sequences]
+    assert half.tokens == sum(len(s.token_ids) for s in split)  # the sample is all of it
+    assert f"about {half.tokens:,} tokens" in "\n".join(training_lines(half))
+
+
 def test_several_processes_share_a_step(own):
     alone = estimate_training(parse_recipe(own))
     e = estimate_training(parse_recipe(own), processes=3)

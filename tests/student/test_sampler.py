@@ -1,6 +1,7 @@
 """Order of samples: every sequence once, the same global batches however they are cut, found anywhere at once."""
 
 import copy
+from bisect import bisect_right
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.recipe import parse_recipe
-from kdcache.student.batches import MicroBatches, OrderOptions
+from kdcache.student.batches import MicroBatches, OrderOptions, SplitDataset, first_sizes
 from kdcache.student.sampler import CHUNK, BatchPlan, EpochOrder, MicroBatchNumbers
 from kdcache.teacher.capture import capture
 
@@ -147,6 +148,28 @@ def many_shards(base_values, tmp_path_factory):
     return capture(parse_recipe(own)).directory
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.4, 1.0])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_fraction_learns_from_the_first_sequences_and_from_each_once(many_shards, fraction, grouped):
+    split = open_cache(many_shards)["train"]
+    dataset = SplitDataset(split, fraction)
+    assert len(dataset) == max(1, round(fraction * len(split)))
+    plan = BatchPlan(len(dataset), 4, 1)
+    batches = MicroBatches(
+        split, plan, OrderOptions(window=2, group_by_length=grouped), lambda pairs, temperature: {"i": [i for i, _ in pairs]},
+        lambda step: 1.0,
+    )  # fmt: skip
+    for epoch in (0, 1):
+        seen = [i for number in range(plan.micro_batches) for i in batches[epoch, number]["i"]]
+        assert sorted(seen) == list(range(len(dataset)))
+
+
+def test_sizes_of_the_first_sequences_leave_out_shards_behind_them():
+    assert first_sizes([5, 4, 3], 7) == [5, 2]
+    assert first_sizes([5, 4, 3], 9) == [5, 4]
+    assert first_sizes([5, 4, 3], 12) == [5, 4, 3]
+
+
 @pytest.mark.parametrize(("window", "workers", "batch"), [(1, 1, 4), (2, 1, 4), (3, 2, 2), (8, 1, 4), (8, 3, 1)])
 def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypatch, window, workers, batch):
     cache = open_cache(many_shards, keep=window + 2)
@@ -159,10 +182,14 @@ def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypat
     for worker in range(workers):
         loads.clear()
         batches = MicroBatches(
-            split, plan, OrderOptions(window=window), lambda pairs, temperature: {}, lambda step: 1.0
-        )
+            split, plan, OrderOptions(window=window), lambda pairs, temperature: {"i": [i for i, _ in pairs]}, lambda step: 1.0
+        )  # fmt: skip
+        needed = set()
         for number in range(worker, plan.micro_batches, workers):
-            batches[0, number]
+            needed |= {split.shards[bisect_right(split.starts, i) - 1] for i in batches[0, number]["i"]}
         cache._reader.shutdown()  # what is still being read ahead
-        assert sorted(loads) == sorted(split.shards)
+        # A shard that the other workers alone need may be passed before its turn to be read ahead came.
+        assert needed <= set(loads) <= set(split.shards)
+        assert len(loads) == len(set(loads))
+        assert workers > 1 or needed == set(split.shards)
         cache._start_empty()
