@@ -10,7 +10,10 @@ from typing import Any
 import transformers
 
 from kdcache.cache.files import write_file
+from kdcache.run_record import read_log
 from kdcache.student.trainer import DIVERGENCE_KEYS
+
+__all__ = ["CsvLog", "read_log"]
 
 _SCHEDULED = ("temperature", "ce_weight", "kd_weight")
 _EVALUATED = ("eval_loss", "eval_perplexity", "eval_kl")
@@ -43,11 +46,6 @@ class CsvLog(transformers.TrainerCallback):
         row = {"step": state.global_step, **logs}
         with self._path.open("a", newline="") as f:
             csv.DictWriter(f, _LOG_COLUMNS, extrasaction="ignore").writerow(row)
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of a log.csv; a value that was not logged is absent."""
-    return [{k: float(v) for k, v in row.items() if v} for row in _rows(path)]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""A run directory: what it holds, when it may be gone on with, and the record of a finished run."""
+"""A run directory: what it holds, when it may be gone on with, and what is recorded of a finished run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,10 +22,13 @@ from kdcache.evaluate.perplexity import Score
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
 from kdcache.recipe_training import describe
+from kdcache.run_record import LOG_FILE, PLOT_FILE, RECORD_FILE, TABLE_FILE, RunRecord, flat_keys, load_record
 from kdcache.student.checkpoints import checkpoints, problem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = ["RunDirectory", "RunRecord", "hardware", "load_record", "run_record", "write_model_card"]
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
 _LOCK = ".lock"
@@ -48,20 +50,6 @@ _FREE_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What run.json holds of a finished run."""
-
-    output: Path
-    values: dict[str, Any]
-
-    @property
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Row name -> loss, perplexity, kl_to_teacher, tokens on the validation split."""
-        scores: dict[str, dict[str, float]] = self.values["scores"]
-        return scores
-
-
 class RunDirectory:
     """Paths of a run, and the rules for starting in a directory that is not empty."""
 
@@ -69,13 +57,13 @@ class RunDirectory:
         self.path = path
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
-        self.log = path / "log.csv"
-        self.table = path / "table.md"
-        self.plot = path / "loss.png"
+        self.log = path / LOG_FILE
+        self.table = path / TABLE_FILE
+        self.plot = path / PLOT_FILE
         self._overwrite = False
         self._lock: TextIO | None = None
         self._started = path / "started.json"
-        self._record = path / "run.json"
+        self._record = path / RECORD_FILE
 
     def prepare(
         self, recipe: Recipe, cache_id: str, *, resume: bool, overwrite: bool, world: int = 1
@@ -174,25 +162,6 @@ class RunDirectory:
             )
 
 
-def load_record(path: Path) -> RunRecord:
-    """The record of a finished run.
-
-    Raises:
-        TrainingError: there is none, or it is not readable.
-    """
-    try:
-        values = json.loads((path / "run.json").read_text())
-    except FileNotFoundError as exc:
-        raise TrainingError(
-            f"{path} holds no finished run (no run.json); finish it with kdcache train-student --resume"
-        ) from exc
-    except (OSError, ValueError) as exc:
-        raise TrainingError(f"{path / 'run.json'} is not readable: {exc}") from exc
-    if not isinstance(values, dict) or values.get("format") != "kdcache-run":
-        raise TrainingError(f"{path / 'run.json'} is not the record of a kdcache run")
-    return RunRecord(path, values)
-
-
 def run_record(
     recipe: Recipe,
     cache: Cache,
@@ -268,18 +237,8 @@ def hardware() -> dict[str, Any]:
 
 def _identity(recipe: Recipe, cache_id: str, world: int) -> dict[str, Any]:
     training = recipe.training
-    keys = _flat(recipe.model_dump(mode="json"))
+    keys = flat_keys(recipe.model_dump(mode="json"))
     # Summed losses are averaged over forward passes: there the cut matters as well.
     cut = f"{training.batch_size} sequences a forward pass, " if recipe.loss.reduction == "sum" else ""
     keys[GLOBAL_BATCH] = f"{cut}{training.batch_size * training.accumulation * world} sequences a step"
     return {"cache_id": cache_id, "recipe": keys}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -1,0 +1,100 @@
+"""What evaluate and bench-inference found, as tables: tasks with intervals, samples side by side, speed and size."""
+
+from __future__ import annotations
+
+from kdcache.report.blocks import Answers, Block, Cell, Column, Folded, Line, Table, Text
+from kdcache.report.collect import Collection, Row
+from kdcache.report.judged import AFTER, BEFORE, MODELS, TEACHER, Task
+from kdcache.report.leaderboard import figure_text, measure_text, rank
+from kdcache.report.spent import size
+from kdcache.run_record import number
+
+_OPEN_SAMPLES = 3
+_METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
+
+
+def tasks(found: Collection) -> tuple[Block, ...]:
+    """A table for each task: every row's student before and after, its teacher, with 95 % intervals."""
+    groups: dict[str, list[tuple[Row, Task]]] = {}
+    for row in sorted(found.finished, key=rank):
+        for task in (*row.evaluation.generation, *row.evaluation.tasks):
+            groups.setdefault(_title(task), []).append((row, task))
+    tables = [_task(title, rows) for title, rows in groups.items()]
+    if not tables:
+        return ()
+    return (Text("Values with their 95 % interval, 1.96 standard errors to either side.", "note"), *tables)
+
+
+def _title(task: Task) -> str:
+    shots = "" if task.shots is None else f", {task.shots} examples shown first" if task.shots else ", none shown first"
+    examples = "" if task.examples is None else f", {task.examples:,} examples"
+    return f"{task.name}: {_METRICS.get(task.metric, task.metric)}{examples}{shots}"
+
+
+def _task(title: str, rows: list[tuple[Row, Task]]) -> Table:
+    lines = []
+    for row, task in rows:
+        cells = [Cell(row.name, row.name)]
+        for model in MODELS:
+            measure = task.models.get(model)
+            cells.append(Cell(measure_text(measure), None if measure is None else measure.value))
+        after, teacher = task.models.get(AFTER), task.models.get(TEACHER)
+        kept = None if after is None or teacher is None or not teacher.value else 100 * after.value / teacher.value
+        lines.append(Line((*cells, Cell(figure_text(kept, ".1f"), kept))))
+    columns = (Column("student", numeric=False), *(Column(model) for model in MODELS))
+    retained = Column("retention %", title="Student after training, in % of the teacher")
+    return Table(title, (*columns, retained), tuple(lines), sortable=len(lines) > 1)
+
+
+def samples(found: Collection) -> tuple[Block, ...]:
+    """Every prompt with its reference and what teacher, student before and the students after it answered."""
+    prompts: dict[str, dict[str, str]] = {}
+    for row in sorted(found.finished, key=rank):
+        for sample in row.evaluation.samples:
+            answers = prompts.setdefault(sample.prompt, {})
+            if sample.reference:
+                answers.setdefault("reference", sample.reference)
+            for model in (TEACHER, BEFORE):
+                if model in sample.answers:
+                    answers.setdefault(model, sample.answers[model])
+            if AFTER in sample.answers:
+                answers[row.name if row.name not in answers else f"{row.name}, {AFTER}"] = sample.answers[AFTER]
+    blocks: list[Block] = [Answers(prompt, _ordered(answers)) for prompt, answers in prompts.items()]
+    if len(blocks) <= _OPEN_SAMPLES:
+        return tuple(blocks)
+    rest = tuple(blocks[_OPEN_SAMPLES:])
+    return (*blocks[:_OPEN_SAMPLES], Folded(f"{len(rest)} more prompts", rest))
+
+
+def _ordered(answers: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    first = [name for name in ("reference", TEACHER, BEFORE) if name in answers]
+    return tuple((name, answers[name]) for name in [*first, *(n for n in answers if n not in first)])
+
+
+def inference(found: Collection) -> tuple[Block, ...]:
+    """A table for each run that was measured."""
+    tables = []
+    for row in found.finished:
+        if not row.inference.rows:
+            continue
+        lines = []
+        for measured in row.inference.rows:
+            name, error = str(measured["model"]), measured.get("error")
+            if error:
+                cells = [Cell(name, name), Cell(f"failed: {error}")] + [Cell("-")] * 3
+                lines.append(Line(tuple(cells), "failed"))
+                continue
+            speed, first = number(measured.get("tokens_per_second")), number(measured.get("time_to_first_token"))
+            memory, disk = number(measured.get("memory_bytes")), number(measured.get("disk_bytes"))
+            of = measured.get("memory_of")
+            lines.append(
+                Line((
+                    Cell(name, name), Cell(figure_text(speed, ",.1f"), speed), Cell(figure_text(first, ".3f"), first),
+                    Cell(size(memory) + (f" ({of})" if of else ""), memory), Cell(size(disk), disk),
+                ))
+            )  # fmt: skip
+        columns: tuple[Column, ...] = (Column("model", numeric=False), Column("tokens/s"), Column("first token, s"))
+        columns += (Column("memory"), Column("on disk"))
+        caption = f"Inference of {row.name}" + (f": {row.inference.conditions}" if row.inference.conditions else "")
+        tables.append(Table(caption, columns, tuple(lines), sortable=True))
+    return tuple(tables)
