@@ -2,20 +2,138 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from kdcache.commands.app import RunArgument, app, console_progress, say_scores
+from kdcache.commands.app import app, console_progress, say, say_lines, say_table
+from kdcache.console import text_table
+
+if TYPE_CHECKING:
+    from kdcache.evaluate.evaluation import Evaluation
 
 
 @app.command()
 def evaluate(
-    run: RunArgument,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Run directories of kdcache train-student; a directory of kdcache sweep stands for its finished rows.",
+            show_default=False,
+        ),
+    ],
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045 (typer reads the annotation at run time)
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Sequences per forward pass; by default as many as in the run for the scores, which come out the same to the "
+            "last bit, and 8 for everything else.",
+        ),
+    ] = None,
+    generate: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Answer N validation prompts greedily; ROUGE-L, exact match, retention."),
+    ] = 0,
+    max_new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Tokens that an answer may have; by default as many as the longest reference, at most 256.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Show the answers to the first K validation prompts side by side.")
+    ] = 0,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            show_default=False,
+            help="Tasks of lm-evaluation-harness. With --task-data these come with kdcache and need no network: agieval, "
+            "arc_challenge, gsm8k, gsm8k_8shot, hellaswag, mgsm_en, mgsm_es, mmlu, openbookqa, squad. Any other name, and "
+            "all of them without --task-data, are the harness's own.",
+        ),
+    ] = "",
+    task_data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", show_default=False, help="Folder below which the tasks' JSON Lines files lie."),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, show_default=False, metavar="N", help="The first N examples of each task alone."),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the tasks' prompts through the student's chat template.")
+    ] = False,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="FOLDER_OR_ID", show_default=False, help="The teacher, where it is not where the recipe says."
+        ),
+    ] = None,
+    cache: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="DIR_OR_URL", show_default=False, help="The cache, where it is not where the recipe says."
+        ),
+    ] = None,
 ) -> None:
-    """Score a finished run again, from its saved student and its cache."""
-    from kdcache.evaluate.saved_run import score_saved_run
+    """Judge finished runs against their cache, on generations and on benchmarks; results are kept in evaluation.json."""
+    from kdcache.evaluate.evaluation import EVALUATION_FILE, Wanted
+    from kdcache.evaluate.evaluation import evaluate as evaluated
+    from kdcache.evaluate.tables import PAGE_FILE, leaderboard, write_page
 
-    record = score_saved_run(run, batch_size=batch_size, progress=console_progress())
-    say_scores(record)
+    wanted = Wanted(
+        batch_size=batch_size,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        task_data=task_data,
+        limit=limit,
+        chat_template=chat_template,
+        teacher=teacher,
+        cache=cache,
+    )
+    done = []
+    for evaluation in evaluated(runs, wanted, console_progress()):
+        write_page(evaluation)
+        _say(evaluation)
+        done.append(evaluation)
+    if len(done) > 1:
+        columns, rows = leaderboard(done)
+        say_table(text_table(columns, rows))
+    say(f"written: {EVALUATION_FILE} and {PAGE_FILE} in " + ", ".join(str(e.run) for e in done))
+
+
+def _say(evaluation: Evaluation) -> None:
+    from kdcache.evaluate.tables import (
+        INTERVAL_NOTE,
+        ROUGE_NOTE,
+        SCORE_NOTE,
+        generation_table,
+        sample_lines,
+        score_table,
+        task_table,
+        title,
+    )
+    from kdcache.report import kl_note
+
+    values, measured = evaluation.values, evaluation.measured
+    say(title(evaluation))
+    say_table(text_table(*score_table(values)))
+    say(f"{kl_note(values['scores'])} {SCORE_NOTE}")
+    if "generation" in measured:
+        say_table(text_table(*generation_table(values)))
+        say(f"{ROUGE_NOTE} {INTERVAL_NOTE}")
+    if "tasks" in measured:
+        say_table(text_table(*task_table(values, evaluation.tasks)))
+        say(INTERVAL_NOTE)
+    if "samples" in measured:
+        say_lines(["", *sample_lines(values)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from kdcache.errors import TrainingError
 from kdcache.progress import Progress, Silent
 from kdcache.student.collate import Collator, uses_draws
 from kdcache.student.forward import loss_sums
+from kdcache.student.loss import LossSums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,13 +120,14 @@ def score_in_batches(
     precision: str = "fp32",
     what: str = "student",
     share: tuple[int, int] = (0, 1),
+    observe: Callable[[Mapping[str, torch.Tensor], LossSums], None] | None = None,
     progress: Progress | None = None,
 ) -> Score:
     """A student on a split, under the autocast of ``precision``; leaves the model in the mode it was in.
 
     Sequences are cut to ``max_length`` tokens, and those left without a target are passed over: batches and score are
     those of a cache that was made at this length. With a ``share`` of ``(rank, world)`` the processes take turns, and all of
-    them get the whole score.
+    them get the whole score. ``observe`` is called with every batch and its sums.
 
     Raises:
         TrainingError: no sequence has a target within ``max_length`` tokens.
@@ -161,6 +164,8 @@ def score_in_batches(
                     ce_weight=1.0,
                     kd_weight=1.0,
                 )
+            if observe is not None:
+                observe(batch, sums)
             scores = scores + torch.tensor(
                 [sums.ce, sums.divergence, len(batch["teacher_log_tail"])], dtype=torch.float64
             )

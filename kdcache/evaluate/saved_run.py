@@ -1,63 +1,245 @@
-"""Score a finished run again from what lies on disk: its saved student and its cache."""
+"""A finished run opened again: its record, recipe, cache and saved student."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache import __version__
+from kdcache.cache.reader import Cache, Split
+from kdcache.cache.remote import is_url
 from kdcache.cache.store import open_cache
-from kdcache.errors import TrainingError
+from kdcache.devices import give_back_memory
+from kdcache.errors import CacheError, RecipeError, TrainingError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
-from kdcache.models import load_adapter
+from kdcache.models import identify, load_adapter, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
-from kdcache.recipe import parse_recipe
+from kdcache.recipe import Recipe, StudentSection, parse_recipe
+from kdcache.run_record import RunRecord, load_record, read_json
 from kdcache.student.agreement import VALIDATION
 from kdcache.student.assembly import load_student
-from kdcache.student.record import RunRecord, load_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 
-def score_saved_run(path: Path, *, batch_size: int = 8, progress: Progress | None = None) -> RunRecord:
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A finished run and what it was trained from."""
+
+    path: Path
+    record: RunRecord
+    recipe: Recipe
+    student: StudentSection
+    cache: Cache
+
+    @property
+    def validation(self) -> Split:
+        """The split that students are scored on."""
+        return self.cache.split(VALIDATION)
+
+    @property
+    def base(self) -> str:
+        """What the student before training is a function of: runs with the same one can share it."""
+        return self.student.model_dump_json(exclude={"lora"})
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per forward pass in the run: with the same, scores come out the same to the last bit."""
+        size = self.record.values.get("forward_pass")
+        return size if isinstance(size, int) and size > 0 else self.recipe.training.batch_size
+
+
+def run_directories(paths: Sequence[Path], progress: Progress | None = None) -> list[Path]:
+    """The run directories that are meant: a sweep directory stands for its finished rows.
+
+    Raises:
+        TrainingError: a sweep that is not readable, or has no finished row.
+    """
+    progress, found = progress or Silent(), []
+    for path in paths:
+        file = path / "sweep.json"
+        if not file.exists():
+            found.append(path)
+            continue
+        try:
+            sweep = read_json(file)
+            if sweep["format"] != "kdcache-sweep":
+                raise ValueError(f"its format is {sweep['format']!r}")
+            rows = [(str(r["name"]), str(r["directory"]), str(r["state"])) for r in sweep["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise TrainingError(
+                f"{file} is not the record of a sweep that kdcache {__version__} reads: {exc!r}"
+            ) from exc
+        left = [f"{name} ({state})" for name, _, state in rows if state != "finished"]
+        if left:
+            progress.warning(f"of {path} these rows are left out: {', '.join(left)}")
+        found += [path / directory for _, directory, state in rows if state == "finished"]
+        if len(left) == len(rows):
+            raise TrainingError(f"the sweep {path} has no finished row; kdcache sweep goes on with it")
+    return list(dict.fromkeys(found))
+
+
+def open_saved_run(path: Path, *, cache: str | None = None, progress: Progress | None = None) -> SavedRun:
+    """A finished run with its cache.
+
+    Args:
+        path: the run directory.
+        cache: directory or URL where its cache lies now; None for where the recipe says.
+        progress: told of a cache that is brought from a URL.
+
+    Raises:
+        TrainingError: no finished run, one whose recipe this version does not read, or another cache.
+        CacheError: the cache is not there, incomplete, or has no split to score on.
+    """
+    record = load_record(path)
+    try:
+        recipe = parse_recipe(record.values["recipe"])
+    except RecipeError as exc:
+        raise TrainingError(
+            f"{path} is a run directory of kdcache {record.values.get('kdcache', 'unknown')}, whose recipe kdcache "
+            f"{__version__} does not read: {exc}; evaluate it with the version that wrote it, or train it again"
+        ) from exc
+    if recipe.student is None:
+        raise TrainingError(f"{path / 'run.json'} names no student")
+    place = cache or recipe.cache.directory
+    if cache is None and not is_url(place) and not Path(place).is_dir():
+        raise CacheError(f"the cache of {path} is not at {place}; say where it lies with --cache DIRECTORY_OR_URL")
+    opened = open_cache(place, progress=progress)
+    if opened.id != record.values["cache_id"]:
+        raise TrainingError(
+            f"{path} was trained from cache {record.values['cache_id'][:12]}, {opened.directory} is {opened.id[:12]}; say "
+            "where that one lies with --cache"
+        )
+    opened.split(VALIDATION)
+    return SavedRun(path, record, recipe, recipe.student, opened)
+
+
+class Students:
+    """Students before and after their training, one base in memory at a time: runs that share one load it once."""
+
+    def __init__(self) -> None:
+        self._base: str | None = None
+        self._adapter: Path | None = None
+        self._model: Any = None
+
+    @contextmanager
+    def before(self, run: SavedRun) -> Iterator[PreTrainedModel]:
+        """The student as it started.
+
+        Raises:
+            ModelError: the base or the run's adapter cannot be loaded.
+        """
+        model = self._ready(run)
+        with nullcontext() if run.student.lora is None else model.disable_adapter():
+            yield model
+
+    @contextmanager
+    def after(self, run: SavedRun) -> Iterator[PreTrainedModel]:
+        """The student as it was saved: the same model with its adapter, or a fully trained one, which is loaded here.
+
+        Raises:
+            ModelError: base, adapter or saved model cannot be loaded.
+        """
+        if run.student.lora is None:
+            yield load_student(run.student, run.path / "model")
+            give_back_memory()
+        else:
+            yield self._ready(run)
+
+    def _ready(self, run: SavedRun) -> Any:
+        if self._base != run.base:
+            self.release()
+            self._model, self._base = load_student(run.student), run.base
+        wanted = None if run.student.lora is None else run.path / "model"
+        if self._adapter not in (None, wanted):
+            self._model, self._adapter = self._model.unload(), None
+            # peft warns of a second adapter where it finds the first one's configuration.
+            vars(self._model).pop("peft_config", None)
+        if wanted is not None and self._adapter is None:
+            quantized = run.student.quantization != "none"
+            self._model, self._adapter = load_adapter(self._model, str(wanted), quantized=quantized), wanted
+        return self._model
+
+    def release(self) -> None:
+        """Forget the base."""
+        self._base = self._adapter = self._model = None
+        give_back_memory()
+
+
+def load_teacher(run: SavedRun, place: str | None = None) -> PreTrainedModel:
+    """The teacher of a run's cache, as the cache was made with it.
+
+    Args:
+        run: whose.
+        place: folder or id; None for the recipe's, or the name in the plan.
+
+    Raises:
+        ModelError: it is not there, or cannot be loaded.
+        CacheError: another model lies there.
+    """
+    identity, section = run.cache.plan.teacher, run.recipe.teacher
+    name = place or (identity.name if section is None else section.model)
+    found = identify(name, identity.revision)
+    # A folder copied from the Hub has a fingerprint of its files, the plan one of repository and commit.
+    copied = Path(name).is_dir() and identity.revision is not None
+    if found.fingerprint != identity.fingerprint and not copied:
+        raise CacheError(
+            f"{name} is not the teacher that the cache {run.cache.directory} was made with ({identity.name}, fingerprint "
+            f"{identity.fingerprint[:12]}, found {found.fingerprint[:12]}); say where that one lies with --teacher"
+        )
+    model = load_model(
+        name,
+        revision=None if copied else identity.revision,
+        quantization=identity.quantization,
+        dtype=identity.dtype,
+        device=run.student.device if section is None else section.device,
+    )
+    refuse_narrow_head(model, run.cache.vocab_size, name)
+    return model
+
+
+def run_score(
+    run: SavedRun, model: PreTrainedModel, what: str, *, batch_size: int | None, progress: Progress, **options: Any
+) -> Score:
+    """A student of a run on the validation split, in the arithmetic of the run; ``options`` as `student_score`."""
+    return student_score(
+        model,
+        run.validation,
+        batch_size=batch_size or run.batch_size,
+        max_length=run.recipe.training.max_length,
+        precision=run.recipe.training.precision,
+        what=what,
+        progress=progress,
+        **options,
+    )
+
+
+def score_saved_run(path: Path, *, batch_size: int | None = None, progress: Progress | None = None) -> RunRecord:
     """The run's record with freshly measured scores.
+
+    Args:
+        path: the run directory.
+        batch_size: sequences per forward pass; None for as many as in the run, which gives the same bits.
+        progress: told about long work.
 
     Raises:
         TrainingError: no finished run, or its cache is no longer the one it was trained from.
         ModelError: the saved student cannot be loaded.
     """
     progress = progress or Silent()
-    record = load_record(path)
-    recipe = parse_recipe(record.values["recipe"])
-    cache = open_cache(recipe.cache.directory)
-    if cache.id != record.values["cache_id"]:
-        raise TrainingError(
-            f"{path} was trained from cache {record.values['cache_id'][:12]}, {cache.directory} is {cache.id[:12]}"
-        )
-    student = recipe.student
-    if student is None:
-        raise TrainingError(f"{path / 'run.json'} names no student")
-    validation, length = cache.split(VALIDATION), recipe.training.max_length
-
-    def score(model: PreTrainedModel, name: str) -> Score:
-        return student_score(
-            model,
-            validation,
-            batch_size=batch_size,
-            max_length=length,
-            precision=recipe.training.precision,
-            what=name,
-            progress=progress,
-        )
-
-    model = load_student(student)
-    if student.lora is None:
-        before = score(model, "student before")
-        after = score(load_student(student, path / "model"), "student after")
-    else:
-        adapted: Any = load_adapter(model, str(path / "model"), quantized=student.quantization != "none")
-        with adapted.disable_adapter():
-            before = score(adapted, "student before")
-        after = score(adapted, "student after")
-    scores = {"student before": before, "student after": after, "teacher": teacher_score(validation, max_length=length)}
-    return RunRecord(path, {**record.values, "scores": {k: v.as_record() for k, v in scores.items()}})
+    run = open_saved_run(path, progress=progress)
+    score, students = partial(run_score, run, batch_size=batch_size, progress=progress), Students()
+    with students.before(run) as model:
+        before = score(model, BEFORE)
+    with students.after(run) as model:
+        after = score(model, AFTER)
+    teacher = teacher_score(run.validation, max_length=run.recipe.training.max_length)
+    scores = {BEFORE: before, AFTER: after, TEACHER: teacher}
+    return RunRecord(path, {**run.record.values, "scores": {k: v.as_record() for k, v in scores.items()}})

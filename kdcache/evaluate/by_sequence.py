@@ -1,0 +1,111 @@
+"""What a score hides: how far it is sure, and how often student and teacher would say the same token.
+
+Tokens of one text are alike, so standard errors are those of a ratio of sums over sequences (clusters): with ``x_s`` a
+sequence's sum, ``n_s`` its tokens and ``m = sum x / sum n``, the error is ``sqrt(S / (S - 1) * sum (x_s - m n_s)^2) / sum n``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.cache.reader import Split
+from kdcache.head import Head
+from kdcache.models import head_of
+from kdcache.student.collate import IGNORED
+from kdcache.student.loss import CHUNK_BYTES, LossSums
+
+_FIELDS = ("tokens", "ce", "kl", "agreed", "compared")
+
+
+class SequenceSums:
+    """Sums over each sequence of a split, gathered as `score_in_batches` scores it.
+
+    Top-1: the student's most probable token is the one that the cache holds as the teacher's largest entry (which every
+    row with entries keeps exactly). Rows that were left empty are not compared.
+
+    Args:
+        model: the student that is scored.
+        vocab_size: columns of its head that stand for tokens.
+    """
+
+    def __init__(self, model: Any, vocab_size: int) -> None:
+        self._model = model
+        self._width = vocab_size
+        self._hidden_BLD: torch.Tensor | None = None
+        # By sequence: a pass that ran out of memory is repeated from the start.
+        self._sums: dict[int, tuple[float, ...]] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[SequenceSums]:
+        """While this lasts, the hidden states of each forward pass are held until they have been looked at."""
+
+        def hold(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            self._hidden_BLD = inputs[0]
+
+        handle = self._model.get_output_embeddings().register_forward_pre_hook(hold)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            self._hidden_BLD = None
+
+    def __call__(self, batch: Mapping[str, torch.Tensor], sums: LossSums) -> None:
+        """Take in a batch of `Collator` and its sums."""
+        assert self._hidden_BLD is not None
+        counts = batch["labels"][:, 1:] != IGNORED
+        hidden_ND = self._hidden_BLD[:, :-1][counts]
+        self._hidden_BLD = None
+        kept_N = batch["teacher_log_probs"].amax(dim=1) > -torch.inf
+        best_N = batch["teacher_ids"].gather(1, batch["teacher_log_probs"].argmax(dim=1, keepdim=True)).squeeze(1)
+        agreed_N = (self._best(hidden_ND) == best_N) & kept_N
+        columns = torch.stack([v.double().cpu() for v in (sums.ce_N, sums.divergence_N, agreed_N, kept_N)], dim=1)
+        sizes = batch["sequence_targets"].tolist()
+        for index, part in zip(batch["sequence_index"].tolist(), columns.split(sizes), strict=True):
+            self._sums[index] = (float(len(part)), *part.sum(dim=0).tolist())
+
+    def _best(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        weight_VD, bias_V = head_of(self._model)
+        rows = max(1, CHUNK_BYTES // (4 * self._width))
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            head = Head(weight_VD[: self._width], None if bias_V is None else bias_V[: self._width])
+            return torch.cat([head.logits(chunk).argmax(dim=1) for chunk in hidden_ND.split(rows)])
+
+    def as_record(self) -> dict[str, float | None]:
+        """``stderr`` of the loss and ``kl_stderr`` in nats per token, ``top_1_agreement`` and ``top_1_stderr`` as shares.
+
+        None where it cannot be said: an error of one sequence, an agreement without rows to compare.
+        """
+        table = dict(zip(_FIELDS, np.array([self._sums[i] for i in sorted(self._sums)]).T, strict=True))
+        compared = table["compared"].sum()
+        return {
+            "stderr": ratio_error(table["ce"], table["tokens"]),
+            "kl_stderr": ratio_error(table["kl"], table["tokens"]),
+            "top_1_agreement": float(table["agreed"].sum() / compared) if compared else None,
+            "top_1_stderr": ratio_error(table["agreed"], table["compared"]),
+        }
+
+
+def teacher_errors(split: Split, max_length: int | None) -> dict[str, float | None]:
+    """The same fields for the teacher, which agrees with itself."""
+    sums = []
+    for sequence in split:
+        rows = sequence.cut(max_length).rows
+        if len(rows):
+            sums.append((-float(rows.label_log_prob.sum(dtype=np.float64)), len(rows)))
+    loss, tokens = np.array(sums, dtype=np.float64).T
+    return {"stderr": ratio_error(loss, tokens), "kl_stderr": 0.0, "top_1_agreement": 1.0, "top_1_stderr": 0.0}
+
+
+def ratio_error(sums_S: NDArray[np.float64], counts_S: NDArray[np.float64]) -> float | None:
+    """Standard error of ``sums.sum() / counts.sum()`` over clusters; None for fewer than two of them, or no counts."""
+    clusters, total = len(sums_S), float(counts_S.sum())
+    if clusters < 2 or not total:
+        return None
+    residuals = sums_S - sums_S.sum() / total * counts_S
+    return float(np.sqrt(clusters / (clusters - 1) * (residuals**2).sum()) / total)
