@@ -21,8 +21,8 @@ from kdcache.cache.shard import pack, part_sizes
 from kdcache.cache.store import open_cache
 from kdcache.data.tokens import TokenRow
 from kdcache.errors import CacheError, RecipeError
+from kdcache.evaluate.cached_teacher import cached_teacher
 from kdcache.evaluate.fidelity import TEMPERATURES, Fidelity, FidelityMeter
-from kdcache.evaluate.rescore import cached_teacher
 from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.teacher.budget import find_floors, sample_content

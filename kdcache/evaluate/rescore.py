@@ -33,10 +33,9 @@ from kdcache.cache.manifest import Plan
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.rows import SparseRows, concatenate
 from kdcache.data.tokens import TokenRow
-from kdcache.errors import CacheError, ModelError
 from kdcache.evaluate import disagreement
+from kdcache.evaluate.cached_teacher import cached_teacher
 from kdcache.evaluate.disagreement import NOT_COMPARED, Place, Rescore, Scored
-from kdcache.models import identify, load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.teacher.draws import chance_of
 from kdcache.teacher.forward import LOGIT_BYTES, TeacherForward, length_buckets
@@ -122,41 +121,6 @@ def _by_shard(cache: Cache, places: list[Place]) -> dict[tuple[int, int], list[i
         nth = bisect_right(split.starts, place.index) - 1
         found.setdefault((split.number, split.shards[nth]), []).append(place.index - split.starts[nth])
     return found
-
-
-def cached_teacher(cache: Cache, teacher: str | None) -> TeacherForward:
-    """The teacher that a cache names, loaded as the cache was made with it.
-
-    Args:
-        cache: whose.
-        teacher: folder or id where it lies; None takes the name in the plan.
-
-    Raises:
-        CacheError: it is not there, or is another model.
-        ModelError: it cannot be loaded.
-    """
-    identity, name = cache.plan.teacher, teacher or cache.plan.teacher.name
-    try:
-        found = identify(name, identity.revision)
-    except ModelError as exc:
-        raise CacheError(
-            f"the teacher of {cache.directory} is not found at {name}; say where it lies with --teacher"
-        ) from exc
-    # A folder copied from the Hub has a fingerprint of its files, the plan one of repository and commit.
-    copied = Path(name).is_dir() and identity.revision is not None
-    if found.fingerprint != identity.fingerprint and not copied:
-        raise CacheError(
-            f"{name} is not the teacher of {cache.directory}: its fingerprint is {found.fingerprint[:12]}, the plan's "
-            f"{identity.fingerprint[:12]} ({identity.name}); give that model with --teacher"
-        )
-    model = load_model(
-        name,
-        revision=None if copied else identity.revision,
-        quantization=identity.quantization,
-        dtype=identity.dtype,
-    )
-    refuse_narrow_head(model, cache.vocab_size, name)
-    return TeacherForward(model, vocab_size=cache.vocab_size, pad_id=cache.plan.tokenizer.pad_id)
 
 
 @torch.inference_mode()

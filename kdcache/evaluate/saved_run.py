@@ -15,8 +15,9 @@ from kdcache.cache.remote import is_url
 from kdcache.cache.store import open_cache
 from kdcache.devices import give_back_memory
 from kdcache.errors import CacheError, RecipeError, TrainingError
+from kdcache.evaluate.cached_teacher import cached_teacher_model
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
-from kdcache.models import identify, load_adapter, load_model, refuse_narrow_head
+from kdcache.models import load_adapter
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection, parse_recipe
 from kdcache.run_record import RunRecord, load_record, read_json
@@ -174,35 +175,15 @@ class Students:
 
 
 def load_teacher(run: SavedRun, place: str | None = None) -> PreTrainedModel:
-    """The teacher of a run's cache, as the cache was made with it.
-
-    Args:
-        run: whose.
-        place: folder or id; None for the recipe's, or the name in the plan.
+    """The teacher of a run's cache; `cached_teacher_model` at ``place``, where the recipe says, or by the name in the plan.
 
     Raises:
         ModelError: it is not there, or cannot be loaded.
         CacheError: another model lies there.
     """
-    identity, section = run.cache.plan.teacher, run.recipe.teacher
-    name = place or (identity.name if section is None else section.model)
-    found = identify(name, identity.revision)
-    # A folder copied from the Hub has a fingerprint of its files, the plan one of repository and commit.
-    copied = Path(name).is_dir() and identity.revision is not None
-    if found.fingerprint != identity.fingerprint and not copied:
-        raise CacheError(
-            f"{name} is not the teacher that the cache {run.cache.directory} was made with ({identity.name}, fingerprint "
-            f"{identity.fingerprint[:12]}, found {found.fingerprint[:12]}); say where that one lies with --teacher"
-        )
-    model = load_model(
-        name,
-        revision=None if copied else identity.revision,
-        quantization=identity.quantization,
-        dtype=identity.dtype,
-        device=run.student.device if section is None else section.device,
-    )
-    refuse_narrow_head(model, run.cache.vocab_size, name)
-    return model
+    section = run.recipe.teacher
+    name = place or (None if section is None else section.model)
+    return cached_teacher_model(run.cache, name, device=run.student.device if section is None else section.device)
 
 
 def run_score(

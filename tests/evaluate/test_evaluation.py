@@ -9,7 +9,7 @@ import torch
 
 from kdcache.commands import app
 from kdcache.errors import CacheError, DataError, TrainingError
-from kdcache.evaluate import saved_run
+from kdcache.evaluate import cached_teacher, saved_run
 from kdcache.evaluate.by_sequence import SequenceSums, ratio_error, teacher_errors
 from kdcache.evaluate.evaluation import Wanted, evaluate
 from kdcache.evaluate.saved_run import AFTER, BEFORE, TEACHER, Students, open_saved_run, score_saved_run
@@ -192,7 +192,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(saved_run, "load_student", load)
-    monkeypatch.setattr(saved_run, "load_model", load)
+    monkeypatch.setattr(cached_teacher, "load_model", load)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -269,7 +269,7 @@ def test_a_teacher_that_is_gone_is_left_out_with_one_warning(run, models, tmp_pa
     (done,) = evaluate([run], Wanted(generate=2, max_new_tokens=2, teacher=str(models / "teacher")))
     assert TEACHER in done.values["generation"]["models"]
     monkeypatch.setattr(saved_run, "load_student", None)
-    with pytest.raises(CacheError, match="student is not the teacher that the cache"):
+    with pytest.raises(CacheError, match="student is is not the teacher of"):
         list(evaluate([run], Wanted(generate=2, teacher=str(models / "student"))))
 
 

@@ -425,7 +425,8 @@ def test_the_command(shared_cache, models, tmp_path, monkeypatch):
 
 def test_numbers_of_the_teacher_are_those_of_dense_logits(shared_cache, models):
     """Against a plain forward pass of the model in float64 arithmetic behind the logits."""
-    from kdcache.evaluate.rescore import _score, cached_teacher
+    from kdcache.evaluate.cached_teacher import cached_teacher
+    from kdcache.evaluate.rescore import _score
 
     cache = open_cache(shared_cache)
     content = cache.shard(1)
