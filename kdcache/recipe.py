@@ -2,7 +2,8 @@
 
 Unknown keys are refused with the nearest known one named, values out of range with the key named, and
 keys that contradict each other with both named. ``key.path=value`` overrides come from the command line.
-Relative paths are relative to the working directory, as on any command line.
+Relative paths are relative to the working directory, as on any command line; only ``base``, the recipe
+that a file is laid over, is relative to the file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from kdcache.cache.layout import SHARD_LIMIT
 from kdcache.errors import RecipeError
 from kdcache.recipe_keys import explain
 from kdcache.recipe_selection import Section, SelectionSection
+from kdcache.recipe_sweep import SweepSection
 from kdcache.recipe_training import LossSection, TrainingSection
 from kdcache.recipe_yaml import read_values
 
@@ -155,6 +157,7 @@ class Recipe(Section):
     student: StudentSection | None = Field(None, description="Needed by train-student alone.")
     loss: LossSection = Field(default_factory=lambda: LossSection(), description="What is minimised.")
     training: TrainingSection = Field(default_factory=lambda: TrainingSection(), description="How long and how fast.")
+    sweep: SweepSection | None = Field(None, description="Many students from one cache; of kdcache sweep alone.")
 
     @model_validator(mode="after")
     def _shards_fit(self) -> Recipe:

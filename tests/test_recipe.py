@@ -7,6 +7,7 @@ import pytest
 from kdcache.errors import RecipeError
 from kdcache.recipe import Recipe, load_recipe, parse_recipe
 from kdcache.recipe_keys import recipe_keys
+from kdcache.recipe_yaml import read_values
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -136,3 +137,55 @@ def test_a_recorded_recipe_can_be_read_again(selection):
     """run.json states every key, those that the method does not use too."""
     recipe = parse_recipe({**MINIMAL, "selection": selection})
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def written(folder, **files):
+    """Recipe files, one for each keyword."""
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_recipe_is_laid_over_its_base(tmp_path):
+    written(
+        tmp_path,
+        first="output: o\ncache: {directory: runs/c}\nloss: {temperature: 2, ce_weight: 0.2}\ntraining: {report_to: [a, b]}\n",
+    )
+    written(tmp_path / "deep", second="base: ../first.yaml\nloss: {temperature: 1}\ntraining: {report_to: [c]}\n")
+    written(tmp_path / "deep", third="base: second.yaml\noutput: p\nloss: {kd_weight: 1}\nselection: null\n")
+    values = read_values(tmp_path / "deep/third.yaml", ["loss.beta=0.3"])
+    assert values == {
+        "output": "p",
+        # Relative to the working directory, wherever the file lies.
+        "cache": {"directory": "runs/c"},
+        "loss": {"temperature": 1, "ce_weight": 0.2, "kd_weight": 1, "beta": 0.3},
+        "training": {"report_to": ["c"]},
+        "selection": None,
+    }
+    assert "base" not in load_recipe(tmp_path / "deep/second.yaml").model_dump()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: here.yaml\n", r"is based on itself: here\.yaml -> here\.yaml"),
+        ("base: other.yaml\n", r"is based on itself: here\.yaml -> other\.yaml -> here\.yaml"),
+        ("base: nowhere.yaml\n", r"no recipe at .*nowhere\.yaml; .*here\.yaml names it as its base"),
+        ("base: list.yaml\n", r"list\.yaml should be a mapping"),
+        ("base: broken.yaml\n", r"broken\.yaml is not YAML"),
+        ("base: [a]\n", r"base should be the path of another recipe.*found \['a'\]"),
+        ("base: null\n", "base should be the path of another recipe"),
+        ("base: .\n", "cannot read the recipe"),
+    ],
+)
+def test_bad_bases_are_explained(tmp_path, text, message):
+    written(tmp_path, here=text, other="base: here.yaml\n", list="[1]\n", broken="a: [\n")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "here.yaml")
+
+
+def test_base_is_a_key_of_files_alone():
+    with pytest.raises(RecipeError, match="unknown recipe key base"):
+        parse_recipe({**MINIMAL, "base": "x"})

@@ -79,6 +79,23 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
         )
 
 
+def refuse_unfit(recipe: Recipe, cache: Cache) -> None:
+    """Whether a recipe's student can be trained from a cache, as far as both say so without a look at the shards.
+
+    Raises:
+        PlanMismatchError: it was made from another recipe.
+        CacheError: it has not the splits, or cannot give the temperature.
+    """
+    refuse_other_cache(recipe, cache)
+    for name in (TRAIN, VALIDATION):
+        if name not in cache:
+            raise CacheError(
+                f"the cache {cache.directory} has no split {name}, only {', '.join(cache)}; students are trained on {TRAIN} and "
+                f"scored on {VALIDATION}: take a cache that has both (kdcache subset keeps all splits, kdcache merge adds some)"
+            )
+    refuse_low_temperature(recipe.loss.temperature, cache)
+
+
 def refuse_low_temperature(temperature: Scheduled, cache: Cache) -> None:
     """The teacher can be rebuilt at every temperature from the smallest declared one up; a schedule should stay there.
 

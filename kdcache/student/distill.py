@@ -7,22 +7,21 @@ open the cache -> load the student, hold its tokens against the cache's -> attac
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
 
 from kdcache.cache.reader import Cache
-from kdcache.cache.store import open_cache
-from kdcache.errors import CacheError, RecipeError
+from kdcache.errors import RecipeError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection
-from kdcache.student.agreement import TRAIN, VALIDATION, refuse_low_temperature, refuse_other_cache
+from kdcache.student.agreement import VALIDATION, refuse_unfit
 from kdcache.student.arguments import training_arguments
 from kdcache.student.assembly import (
-    load_student,
     make_trainer,
     tell_of_cut,
     tell_of_end,
@@ -30,18 +29,23 @@ from kdcache.student.assembly import (
     tell_of_tail,
     with_adapter,
 )
+from kdcache.student.kept import Kept, end_readers, untrained_key
 from kdcache.student.packing import refuse_leaks
-from kdcache.student.processes import is_sharded, loaded_whole, once, turns
+from kdcache.student.processes import is_sharded, once, turns
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
 from kdcache.student.recovery import train_to_end, translated
-from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def distill(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> RunRecord:
     """Train the recipe's student from its cache.
 
@@ -50,60 +54,83 @@ def distill(
         resume: go on from the newest whole checkpoint; a finished run is returned as it is.
         overwrite: forget an earlier run in the same directory.
         progress: told about long work.
+        kept: what this process keeps between students; give the same one to every call, and caches, base and scores are
+            not made again. The students are the same either way.
 
     Raises:
         KdcacheError: bad input, an incomplete or damaged cache, a student with other tokens, a run
             directory that holds another run.
     """
-    if recipe.student is None:
-        raise RecipeError("train-student needs the recipe section student")
-    student, training = recipe.student, recipe.training
-    progress = progress or Silent()
+    progress, kept = progress or Silent(), kept or Kept()
     started = time.monotonic()
     run = RunDirectory(Path(recipe.output))
-    arguments = training_arguments(
-        training, device=student.device, seed=recipe.seed, checkpoints=run.checkpoints, tell=progress.message
-    )
     try:
-        cache = fitting_cache(recipe, progress)
-        world = arguments.world_size
-        finished = once(
-            arguments, lambda: run.prepare(recipe, cache.id, resume=resume, overwrite=overwrite, world=world)
-        )
-        if finished is not None:
+        ready = _make_ready(recipe, run, kept, progress, resume=resume, overwrite=overwrite)
+        if isinstance(ready, RunRecord):
             progress.message(f"{run.path} holds this run, finished")
-            return finished
-        transformers.set_seed(recipe.seed)
-        tokenizer = load_tokenizer(student.model, student.revision)
-        refuse_other_tokens(token_map(tokenizer), cache.vocabulary(), student.model)
-        _tell_of_other_end(tokenizer, cache, progress)
-        with translated(run.path, training.batch_size):
-            return _distil(
-                recipe, student, cache, run, arguments, tokenizer, resume=resume, progress=progress, started=started
-            )
+            return ready
+        _tell_of_other_end(ready.tokenizer, ready.cache, progress)
+        with translated(run.path, recipe.training.batch_size):
+            return _distil(recipe, run, ready, kept, resume=resume, progress=progress, started=started)
     finally:
         run.release()
         progress.end()
 
 
-def fitting_cache(recipe: Recipe, progress: Progress) -> Cache:
+def check_student(
+    recipe: Recipe, kept: Kept, *, overwrite: bool = False, progress: Progress | None = None
+) -> RunRecord | None:
+    """Refuse what `distill` would refuse before it loads a model; nothing is changed. Returns the record of a finished run.
+
+    Raises:
+        KdcacheError: as `distill`.
+    """
+    run = RunDirectory(Path(recipe.output))
+    ready = _make_ready(recipe, run, kept, progress or Silent(), resume=True, overwrite=overwrite)
+    return ready if isinstance(ready, RunRecord) else None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What can be had, and refused, without a model."""
+
+    student: StudentSection
+    arguments: transformers.TrainingArguments
+    cache: Cache
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _make_ready(
+    recipe: Recipe, run: RunDirectory, kept: Kept, progress: Progress, *, resume: bool, overwrite: bool
+) -> _Ready | RunRecord:
+    """What a training needs, or the record of the run where it is finished."""
+    student, training = recipe.student, recipe.training
+    if student is None:
+        raise RecipeError("train-student needs the recipe section student")
+    if recipe.sweep is not None:
+        raise RecipeError(
+            "the recipe has a section sweep, and its output is a directory of many runs: train them with kdcache sweep, or one "
+            "student with sweep=null output=ANOTHER_DIRECTORY"
+        )
+    arguments = training_arguments(
+        training, device=student.device, seed=recipe.seed, checkpoints=run.checkpoints, tell=progress.message
+    )
+    cache = fitting_cache(recipe, progress, kept)
+    world = arguments.world_size
+    finished = once(arguments, lambda: run.prepare(recipe, cache.id, resume=resume, overwrite=overwrite, world=world))
+    return finished or _Ready(student, arguments, cache, kept.tokenizer(student, cache))
+
+
+def fitting_cache(recipe: Recipe, progress: Progress, kept: Kept | None = None) -> Cache:
     """The recipe's cache, once it is sure that it can be trained from it; says what the teacher is like at its temperature.
 
     Raises:
         CacheError: it is incomplete or damaged, has not the splits, or cannot give the temperature.
         PlanMismatchError: it was made from another recipe.
     """
-    # As many as are mixed, the one that comes next, and one that is scored.
-    cache = open_cache(recipe.cache.directory, keep=recipe.training.shuffle_shards + 2, progress=progress)
+    cache = (kept or Kept()).cache(recipe, progress)
     cache.look_over()
-    refuse_other_cache(recipe, cache)
-    for name in (TRAIN, VALIDATION):
-        if name not in cache:
-            raise CacheError(
-                f"the cache {cache.directory} has no split {name}, only {', '.join(cache)}; students are trained on {TRAIN} and "
-                f"scored on {VALIDATION}: take a cache that has both (kdcache subset keeps all splits, kdcache merge adds some)"
-            )
-    refuse_low_temperature(recipe.loss.temperature, cache)
+    refuse_unfit(recipe, cache)
     progress.message(f"cache {cache.id[:12]}: {cache.plan.selection.describe()}")
     tell_of_tail(recipe.loss, cache, progress)
     tell_of_cut(recipe.training.max_length, cache, progress)
@@ -120,17 +147,9 @@ def _tell_of_other_end(tokenizer: PreTrainedTokenizerBase, cache: Cache, progres
 
 
 def _distil(
-    recipe: Recipe,
-    student: StudentSection,
-    cache: Cache,
-    run: RunDirectory,
-    arguments: transformers.TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    resume: bool,
-    progress: Progress,
-    started: float,
+    recipe: Recipe, run: RunDirectory, ready: _Ready, kept: Kept, *, resume: bool, progress: Progress, started: float
 ) -> RunRecord:
+    student, arguments, cache = ready.student, ready.arguments, ready.cache
     training, validation = recipe.training, cache.split(VALIDATION)
 
     def score(name: str) -> Score:
@@ -145,13 +164,15 @@ def _distil(
             progress=progress,
         )
 
-    with loaded_whole():
-        model = load_student(student)
+    model = kept.take_base(student)
     refuse_narrow_head(model, cache.vocab_size, student.model)
     if training.packing:
         refuse_leaks(model)
+    # Only now: a base that is loaded may draw numbers, one that was kept does not.
+    transformers.set_seed(recipe.seed)
     model = with_adapter(model, student)
-    before = score("student before")
+    batch_size = arguments.per_device_train_batch_size
+    before = kept.score(untrained_key(recipe, student, cache, batch_size), lambda: score("student before"))
     trainer = make_trainer(recipe, cache, model, arguments, run, progress)
     once(arguments, lambda: run.begin(recipe, cache.id, world=arguments.world_size))
     checkpoint = once(arguments, lambda: run.newest_checkpoint(progress)) if resume else None
@@ -159,10 +180,14 @@ def _distil(
         progress.message(f"going on from {checkpoint.name}")
     tell_of_steps(trainer, progress)
     train_to_end(trainer, checkpoint, progress)
+    end_readers(trainer)
     scores = {
         "student before": before,
         "student after": score("student after"),
-        "teacher": teacher_score(validation, max_length=training.max_length),
+        "teacher": kept.score(
+            ("teacher", cache.id, training.max_length),
+            lambda: teacher_score(validation, max_length=training.max_length),
+        ),
     }
     tell_of_end(trainer, scores, progress)
     record = run_record(
@@ -185,9 +210,12 @@ def _distil(
 
     def keep() -> None:
         model.save_pretrained(str(run.model), state_dict=weights)
-        tokenizer.save_pretrained(str(run.model))
+        ready.tokenizer.save_pretrained(str(run.model))
         write_model_card(run.model, recipe, cache, scores)
         run.finish(record)
 
     once(arguments, keep)
+    # What was cut over processes or compiled is no longer the model that was loaded.
+    if arguments.world_size == 1 and not is_sharded() and not training.compile:
+        kept.put_back(model, student)
     return record

@@ -11,7 +11,7 @@ from kdcache.errors import RecipeError, TrainingError
 from kdcache.evaluate import perplexity
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
-from kdcache.student import distill as distill_module
+from kdcache.student import kept as kept_module
 from kdcache.student import trainer as trainer_module
 from kdcache.student.arguments import training_arguments
 from kdcache.student.distill import distill
@@ -255,7 +255,7 @@ def test_half_precision_may_overflow_but_not_for_ever():
     ],
 )
 def test_what_transformers_cannot_make_is_refused_before_anything_is_loaded(training, keys, message, monkeypatch):
-    monkeypatch.setattr(distill_module, "load_student", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(kept_module, "load_student", lambda *a: pytest.fail("loaded"))
     training["training"] |= keys
     with pytest.raises(RecipeError, match=message):
         distill(parse_recipe(training))
