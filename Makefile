@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/embedded.yaml
+SWEEP ?= recipes/sweeps/embedded.yaml
 ARGS ?=
 CACHE ?= runs/embedded/cache
 RUN ?= runs/embedded/student
@@ -10,7 +11,7 @@ FLAGS ?= --resume
 KDCACHE = $(VENV)/bin/kdcache
 READY = $(VENV)/.ready
 
-.PHONY: help setup embedded teacher-cache train-student evaluate inspect fidelity verify repair subset merge push pull test soak gpu lint check constraints clean
+.PHONY: help setup embedded teacher-cache train-student sweep evaluate bench-inference report paper-mini inspect fidelity verify repair subset merge push pull test soak gpu lint check constraints clean
 
 help:  ## Show this list
 	@echo 'RECIPE=$(RECIPE) ARGS="key.path=value …" FLAGS="$(FLAGS)" CACHE=$(CACHE) RUN=$(RUN)'
@@ -35,8 +36,20 @@ train-student: $(READY)  ## Train the student of RECIPE from its cache (made fir
 	@$(KDCACHE) teacher-cache $(RECIPE) $(ARGS) --if-incomplete
 	@$(KDCACHE) train-student $(RECIPE) $(ARGS) $(FLAGS)
 
-evaluate: $(READY)  ## Score a finished run again: RUN=…
+sweep: $(READY)  ## Many students from one cache: SWEEP=recipes/sweeps/…
+	@$(KDCACHE) sweep $(SWEEP) $(ARGS)
+
+evaluate: $(READY)  ## Judge finished runs: RUN=… ARGS="--generate 50 --samples 3 --tasks …"
 	@$(KDCACHE) evaluate $(RUN) $(ARGS)
+
+bench-inference: $(READY)  ## Speed, memory and size of the students of RUN=…
+	@$(KDCACHE) bench-inference $(RUN) $(ARGS)
+
+report: $(READY)  ## Tables, plots and one page of RUN=… (runs or sweeps)
+	@$(KDCACHE) report $(RUN) $(ARGS)
+
+paper-mini: $(READY)  ## The reference paper's tables and figures in miniature (most of an hour): ARGS="--data … --teacher … --student …"
+	$(VENV)/bin/python benchmarks/paper_mini.py $(ARGS)
 
 inspect: $(READY)  ## Facts about a cache: CACHE=…
 	@$(KDCACHE) inspect $(CACHE) $(ARGS)
