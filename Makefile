@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/embedded.yaml
+WORKERS ?= 2
 SWEEP ?= recipes/sweeps/embedded.yaml
 ARGS ?=
 CACHE ?= runs/embedded/cache
@@ -75,8 +76,9 @@ push: $(READY)  ## Send a cache: CACHE=… DEST=s3://…, hf://datasets/…, a d
 pull: $(READY)  ## Bring a cache: SRC=s3://…, hf://datasets/…, https://… DEST=…
 	@$(KDCACHE) pull $(SRC) $(DEST) $(ARGS)
 
+# Two at a time, file by file; TESTS=… names some of them, WORKERS=0 runs them one after the other.
 test: $(READY)  ## Run the tests
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(READY)  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .

@@ -269,7 +269,7 @@ def test_a_teacher_that_is_gone_is_left_out_with_one_warning(run, models, tmp_pa
     (done,) = evaluate([run], Wanted(generate=2, max_new_tokens=2, teacher=str(models / "teacher")))
     assert TEACHER in done.values["generation"]["models"]
     monkeypatch.setattr(saved_run, "load_student", None)
-    with pytest.raises(CacheError, match="student is is not the teacher of"):
+    with pytest.raises(CacheError, match="student is not the teacher of"):
         list(evaluate([run], Wanted(generate=2, teacher=str(models / "student"))))
 
 
