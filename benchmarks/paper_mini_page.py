@@ -169,7 +169,7 @@ def claims(results: Results) -> list[tuple[str, str, str, str]]:
         ("5", "T 2 with weights .5/.5 is a good choice (no neighbour is better)", _good_choice),
         ("6", "one cache of 512 tokens serves the run at 256", _one_cache),
         ("7a", "KD is better than CE alone at equal steps: perplexity", _against_ce("perplexity")),
-        ("7b", "... KL to the teacher", _against_ce("kl_to_teacher")),
+        ("7b", "... KL to the teacher (T 1)", _against_ce("kl_to_teacher")),
     ]
     found = []
     for number, claim, judge in judged:
@@ -276,7 +276,10 @@ def _one_cache(results: Results) -> tuple[str, str]:
 def _against_ce(key: str) -> Callable[[Results], tuple[str, str]]:
     def judge(results: Results) -> tuple[str, str]:
         verdict, differences = paired(results, "A1", "CE", key)
-        return verdict, f"{_of(results, 'A1', key)} against {_of(results, 'CE', key)}, difference {differences}"
+        before = f"{results.score('student before', key):{_FORMS[key]}}"
+        return verdict, (
+            f"{_of(results, 'A1', key)} against {_of(results, 'CE', key)}, difference {differences}; before training {before}"
+        )
 
     return judge
 

@@ -10,7 +10,7 @@ import typer
 from kdcache.commands.app import app, console_progress, say, say_lines, say_table
 from kdcache.console import byte_size, text_table
 
-_COLUMNS = ("model", "tokens/s", "1st token", "memory", "on disk")
+_COLUMNS = ("model", "tokens/s", "spread", "1st token", "memory", "on disk")
 
 
 @app.command()
@@ -50,8 +50,8 @@ def bench_inference(
                 say(f"{row['model']} failed: {row['error']}")
         say_lines([_memory_note(values["rows"]), f"written: {run / 'inference.json'}"])
     say(
-        f"greedy, {batch_size} x {new_tokens} new tokens after {prompt_tokens}, the prompt's time included: median of {repeats}, least "
-        "and most; on disk: what save_pretrained writes, without the tokenizer"
+        f"greedy, {batch_size} x {new_tokens} new tokens after {prompt_tokens}, the prompt's time included: median of {repeats}, spread from "
+        "least to most; on disk: what save_pretrained writes, without the tokenizer"
     )
 
 
@@ -67,7 +67,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         return (row["model"], "failed", *[""] * (len(_COLUMNS) - 2))
     return (
         row["model"],
-        f"{row['tokens_per_second']:,.0f} ({row['tokens_per_second_min']:,.0f} to {row['tokens_per_second_max']:,.0f})",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{(row['tokens_per_second_max'] - row['tokens_per_second_min']) / row['tokens_per_second']:.0%}",
         f"{1000 * row['time_to_first_token']:,.0f} ms",
         byte_size(row["memory_bytes"]),
         byte_size(row["disk_bytes"]),
