@@ -43,7 +43,7 @@ def sandbox(tmp_path_factory):
     recipe["embedded"] |= {
         "train_examples": 48, "validation_examples": 12, "pretrain_examples": 64, "teacher_steps": 2, "student_steps": 2,
     }  # fmt: skip
-    recipe["training"] |= {"epochs": 1, "learning_rate": 0.002}
+    recipe["training"] |= {"epochs": 1, "learning_rate": 0.003}
     path.write_text(yaml.safe_dump(recipe))
     return folder
 
@@ -59,30 +59,49 @@ def shell(command, folder):
     )
 
 
-def test_every_command_of_the_readme_runs(sandbox):
-    ready = Path(sys.executable).parent.parent / ".ready"
-    if not ready.exists():
+@pytest.fixture(scope="module")
+def trained(sandbox):
+    """The sandbox after README's first command: models, cache and student are there."""
+    if not (Path(sys.executable).parent.parent / ".ready").exists():
         pytest.skip("this environment was not made by make, so make would reinstall it")
-    make = commands("bash make")
-    assert make == ["make train-student", "make test"]
-    ran = shell(make[0], sandbox)
+    assert commands("bash make") == ["make train-student", "make test"]
+    ran = shell("make train-student", sandbox)
     assert ran.returncode == 0, ran.stderr
     assert "student after" in ran.stdout
-    planned = shell(f"{make[1]} --dry-run", ROOT)
+    return sandbox
+
+
+def test_make_test_runs_pytest():
+    planned = shell("make test --dry-run", ROOT)
     assert planned.returncode == 0
     assert "pytest" in planned.stdout
-    for command in commands("bash"):
-        ran = shell(command, sandbox)
+
+
+# Block by block, in order: some use what those before them have made.
+@pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.split(maxsplit=2)[1])
+def test_every_command_of_the_readme_runs(trained, block):
+    lines = [line.split("#")[0].strip() for line in block.splitlines()]
+    for command in filter(None, lines):
+        ran = shell(command, trained)
         assert ran.returncode == 0, (command, ran.stdout, ran.stderr)
+
+
+def test_every_snippet_runs(trained):
     snippets = blocks("python") + blocks("python", (ROOT / "docs/loss.md").read_text())
     assert len(snippets) == 3
     for snippet in snippets:
         if "import trl" in snippet and importlib.util.find_spec("trl") is None:
             warnings.warn("TRL is not installed; its snippet in docs/loss.md is not run", stacklevel=1)
             continue
-        ran = subprocess.run([sys.executable, "-c", snippet], cwd=sandbox, capture_output=True, text=True, check=False)
+        ran = subprocess.run([sys.executable, "-c", snippet], cwd=trained, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.strip()
+
+
+def test_every_picture_of_the_documents_is_there():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")):
+        for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / link).is_file(), (page.name, link)
 
 
 def test_the_gpu_commands_fail_clearly_where_there_is_no_hub(sandbox):
