@@ -37,7 +37,7 @@ train-student: $(READY)  ## Train the student of RECIPE from its cache (made fir
 	@$(KDCACHE) teacher-cache $(RECIPE) $(ARGS) --if-incomplete
 	@$(KDCACHE) train-student $(RECIPE) $(ARGS) $(FLAGS)
 
-sweep: $(READY)  ## Many students from one cache: SWEEP=recipes/sweeps/…
+sweep: $(READY)  ## Many students from one cache: SWEEP=recipes/sweeps/embedded.yaml
 	@$(KDCACHE) sweep $(SWEEP) $(ARGS)
 
 evaluate: $(READY)  ## Judge finished runs: RUN=… ARGS="--generate 50 --samples 3 --tasks …"
