@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 _PLAIN_EVERY_SECONDS = 10.0
 # Columns from which a table has to save room to fit 80 characters.
-_MANY = 8
+_MANY = 5
+# A figure is no wider, and a text never folded to less.
+_FIGURE, _TEXT = 13, 12
 
 
 def printable(text: str) -> str:
@@ -36,7 +38,10 @@ def number_list(values: tuple[float, ...], digits: int | None = None) -> str:
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of plain cells, the first column to the left and the others to the right."""
+    """A table of plain cells, the first column to the left and the others to the right.
+
+    Where the terminal is narrow, long texts are folded: a figure that is cut short would be another figure.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -44,8 +49,14 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=len(columns) > _MANY, pad_edge=len(columns) <= _MANY)
     rows = list(rows)
     for i, column in enumerate(columns):
-        width = max((len(row[0]) for row in rows), default=0) if i == 0 else None
-        table.add_column(column, justify="left" if i == 0 else "right", min_width=width)
+        width = max((len(row[i]) for row in rows), default=0)
+        table.add_column(
+            column,
+            justify="left" if i == 0 else "right",
+            # Figures keep their width; names and texts share what is left.
+            min_width=width if 0 < i and width <= _FIGURE else min(width, _TEXT),
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
