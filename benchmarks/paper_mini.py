@@ -158,21 +158,24 @@ def at_full_length(run: Path, kept: Path) -> dict[str, Any] | None:
     """A finished run's student on whole validation sequences, whatever length it was trained at; measured once."""
     from kdcache.cache.reader import open_cache
     from kdcache.evaluate.perplexity import student_score
+    from kdcache.evaluate.saved_run import trained_recipe
     from kdcache.models import load_adapter
-    from kdcache.recipe import parse_recipe
+    from kdcache.run_record import load_record, record_digest
     from kdcache.student.assembly import load_student
 
     if not (run / "run.json").exists():
         return None
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
+    digest = record_digest(run)
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    # Of this training, and not of an earlier one in the same place.
+    if known.get("run_sha256") == digest:
+        found: dict[str, Any] = known["score"]
         return found
-    recipe = parse_recipe(json.loads((run / "run.json").read_text())["recipe"])
-    assert recipe.student is not None
-    model = load_adapter(load_student(recipe.student), str(run / "model"), quantized=True)
+    recipe, student = trained_recipe(load_record(run))
+    model = load_adapter(load_student(student), str(run / "model"), quantized=True)
     validation = open_cache(recipe.cache.directory).split("validation")
     score = student_score(model, validation, batch_size=recipe.training.batch_size, precision=recipe.training.precision)
-    kept.write_text(json.dumps(score.as_record()))
+    kept.write_text(json.dumps({"run_sha256": digest, "score": score.as_record()}))
     return score.as_record()
 
 

@@ -54,7 +54,7 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
             column,
             justify="left" if i == 0 else "right",
             # Figures keep their width; names and texts share what is left.
-            min_width=width if 0 < i and width <= _FIGURE else min(width, _TEXT),
+            min_width=width if i > 0 and width <= _FIGURE else min(width, _TEXT),
             overflow="fold",
         )
     for row in rows:

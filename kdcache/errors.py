@@ -10,6 +10,7 @@
     ├── DeviceError              a device that is asked for and not there
     ├── StorageError             the disk: full, unwritable, failing
     ├── TrainingError            a training run that cannot go on or be resumed
+    │   └── BrokenRunError       its record cannot be read
     ├── TransferError            a URL: unreachable, refused, missing, or not fit for what is asked
     │   └── DamagedObjectError   it answers, and again and again with other bytes than it should
     └── CacheError               a cache directory
@@ -52,6 +53,10 @@ class StorageError(KdcacheError):
 
 class TrainingError(KdcacheError):
     """A training run cannot start, go on, or be resumed."""
+
+
+class BrokenRunError(TrainingError):
+    """A run directory's record is there, and is damaged or of a version that this one does not read."""
 
 
 class TransferError(KdcacheError):

@@ -21,6 +21,14 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any
     return keys
 
 
+def value_at(values: dict[str, Any], key: str) -> Any:
+    """The value of a key path in nested mappings; None where there is none."""
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that a key holds, or may leave out; a key that takes a plain value as well is no section."""
     candidates = [c for c in getattr(annotation, "__args__", (annotation,)) if c is not type(None)]

@@ -7,6 +7,7 @@ only some need may be absent.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import __version__
-from kdcache.errors import TrainingError
+from kdcache.errors import BrokenRunError, TrainingError
 
 RECORD_FILE, LOG_FILE, TABLE_FILE, PLOT_FILE = "run.json", "log.csv", "table.md", "loss.png"
+# Measured of the finished student afterwards; each names the training it is of by `record_digest`.
+EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE = "evaluation.json", "evaluation.md", "inference.json"
 _NEEDED = ("recipe", "cache_id", "scores")
 _LIMIT = 256 << 20
 _DEPTH = 64  # what walks through a recipe afterwards takes several frames for each
@@ -40,7 +43,8 @@ def load_record(path: Path) -> RunRecord:
     """The record of a finished run.
 
     Raises:
-        TrainingError: there is none, it is not readable, or another version wrote it without what is needed here.
+        TrainingError: there is none.
+        BrokenRunError: it is not readable, or another version wrote it without what is needed here.
     """
     file = path / RECORD_FILE
     try:
@@ -50,16 +54,28 @@ def load_record(path: Path) -> RunRecord:
             f"{path} holds no finished run (no run.json); finish it with kdcache train-student --resume"
         ) from exc
     except (OSError, ValueError) as exc:
-        raise TrainingError(f"{file} is not readable: {exc}") from exc
+        raise BrokenRunError(f"{file} is not readable: {exc}; remove {path} to train it again") from exc
     if not isinstance(values, dict) or values.get("format") != "kdcache-run":
-        raise TrainingError(f"{file} is not the record of a kdcache run")
+        raise BrokenRunError(f"{file} is not the record of a kdcache run; remove {path} to train it again")
     lacking = [key for key in _NEEDED if key not in values] or _faults(values)
     if lacking:
-        raise TrainingError(
+        raise BrokenRunError(
             f"{file} was written by kdcache {_line(values.get('kdcache'))}, lacks {', '.join(lacking)}; this is kdcache "
             f"{__version__}: train the run again, or read it with the version that wrote it"
         )
     return RunRecord(path, values)
+
+
+def record_digest(path: Path) -> str:
+    """SHA-256 of a run directory's run.json: another one is another training.
+
+    Raises:
+        TrainingError: it is not there, or cannot be read.
+    """
+    try:
+        return hashlib.sha256((path / RECORD_FILE).read_bytes()).hexdigest()
+    except OSError as exc:
+        raise TrainingError(f"{path / RECORD_FILE} is not readable: {exc.strerror}") from exc
 
 
 def _faults(values: dict[str, Any]) -> list[str]:

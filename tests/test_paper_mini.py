@@ -138,6 +138,35 @@ def test_missing_models_are_named(capsys, tmp_path):
     assert "--teacher (" not in error
 
 
+def test_a_score_at_full_length_is_of_the_row_that_lies_there(base_values, shared_cache, tmp_path, monkeypatch):
+    from paper_mini import at_full_length
+
+    import kdcache.models
+    import kdcache.student.assembly
+    from kdcache.evaluate import perplexity
+
+    scored = []
+
+    class Score:
+        def as_record(self):
+            return {"loss": float(len(scored))}
+
+    monkeypatch.setattr(kdcache.student.assembly, "load_student", lambda *args: None)
+    monkeypatch.setattr(kdcache.models, "load_adapter", lambda *args, **options: None)
+    monkeypatch.setattr(perplexity, "student_score", lambda *args, **options: scored.append(args) or Score())
+    run, kept = tmp_path / "A6", tmp_path / "full-length.json"
+    assert at_full_length(run, kept) is None
+    run.mkdir()
+    recipe = {**base_values, "cache": {"directory": str(shared_cache)}}
+    record = {"format": "kdcache-run", "recipe": recipe, "cache_id": "c", "scores": {"student after": scores(2.0, 0.1)}}
+    (run / "run.json").write_text(json.dumps(record))
+    # What an earlier version kept does not say of what it is.
+    kept.write_text(json.dumps({"loss": 9.0}))
+    assert [at_full_length(run, kept) for _ in range(2)] == [{"loss": 1.0}] * 2
+    (run / "run.json").write_text(json.dumps({**record, "steps": 3}))
+    assert [at_full_length(run, kept) for _ in range(2)] == [{"loss": 2.0}] * 2
+
+
 def test_the_whole_runs_at_toy_size(models, tmp_path, capfd):
     from paper_mini import main
 

@@ -1,5 +1,6 @@
 """Reports of runs and sweeps: every row is there, figures are exact, and strangers' strings stay strings."""
 
+import copy
 import html.parser
 import json
 import re
@@ -7,21 +8,38 @@ import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from kdcache.errors import StorageError, TrainingError
+from kdcache.evaluate.tables import task_table
+from kdcache.markdown import escaped
+from kdcache.recipe import parse_recipe
 from kdcache.recipe_yaml import read_values
+from kdcache.report import write_pages
 from kdcache.report.blocks import Table
-from kdcache.report.collect import collect
-from kdcache.report.markdown import escaped, markdown
+from kdcache.report.collect import Row, collect
+from kdcache.report.effects import effects
+from kdcache.report.judged import Evaluation, Inference
+from kdcache.report.markdown import markdown
 from kdcache.report.recipes import bases, differences
 from kdcache.report.run_page import smoothed
 from kdcache.report.sections import compose
 from kdcache.report.write import write_report
-from kdcache.run_record import load_record
-from tests.report_examples import CACHE_ID, RECIPE, example_sweep, hostile_sweep, make_evaluation, make_run, make_sweep
+from kdcache.run_record import RunRecord, load_record, record_digest
+from tests.report_examples import (
+    CACHE_ID,
+    RECIPE,
+    example_sweep,
+    hostile_sweep,
+    make_evaluation,
+    make_run,
+    make_sweep,
+    recipe_with,
+)
 
 
 class Reader(html.parser.HTMLParser):
@@ -203,6 +221,57 @@ def test_effects_are_means_over_the_rows_that_share_a_value(swept):
     }
 
 
+def points(name, values, perplexity):
+    """A row of a report as `effects` sees it."""
+    recipe = {"loss": {"temperature": values[0], "ce_weight": values[1], "kd_weight": 1 - values[1]}, "seed": values[2]}
+    scores = {"student after": {"perplexity": perplexity}}
+    record = RunRecord(Path(name), {"recipe": recipe, "scores": scores})
+    return Row(name, Path(name), sweep=0, record=record)
+
+
+def found_effects(rows):
+    keys = ("loss.temperature", "loss.ce_weight", "loss.kd_weight", "seed")
+    base = SimpleNamespace(name="base", file="recipe.yaml", rows=rows)
+    comparison = SimpleNamespace(sets=[rows], set_name=lambda row: "A")
+    return {
+        e.title: {level.value: dict(level.points) for level in e.levels}
+        for e in effects([base], comparison, {"recipe.yaml": keys})
+    }
+
+
+def test_named_rows_are_held_against_the_one_that_differs_in_nothing_else():
+    rows = [
+        points("A1", (2, 0.5, 0), 6.8),
+        points("A2", (1, 0.5, 0), 6.5),
+        points("A3", (2, 0.8, 0), 6.6),
+        points("A4", (2, 0.2, 0), 7.1),
+    ]
+    assert found_effects(rows) == {
+        "loss.temperature": {"1": {"A2": 6.5}, "2": {"A1": 6.8}},
+        "loss.ce_weight, loss.kd_weight": {"0.2, 0.8": {"A4": 7.1}, "0.5, 0.5": {"A1": 6.8}, "0.8, 0.2": {"A3": 6.6}},
+    }  # fmt: skip
+
+
+def test_a_grid_that_lacks_a_row_leaves_out_what_was_to_be_held_against_it():
+    rows = [points(f"{t}-{s}", (t, 0.5, s), t + s / 10) for t in (1, 2) for s in (0, 1, 2) if (t, s) != (2, 2)]
+    assert found_effects(rows)["loss.temperature"] == {"1": {"1-0": 1.0, "1-1": 1.1}, "2": {"2-0": 2.0, "2-1": 2.1}}
+
+
+def test_rows_that_differ_in_everything_have_no_means():
+    rows = [points(f"trial-{i}", (1 + i / 7, 0.1 + i / 10, i), 6 + i) for i in range(5)]
+    # All change together here: one factor, and nothing else varies.
+    assert list(found_effects(rows)) == ["loss.temperature, loss.ce_weight, loss.kd_weight, seed"]
+    rows.append(points("trial-5", (1, 0.2, 7), 5.0))
+    assert all(title.endswith("(others vary too)") or "seed" in title for title in found_effects(rows))
+
+
+def test_what_is_neither_run_nor_sweep_is_refused(tmp_path):
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(TrainingError, match="neither a run nor a sweep"):
+        write_report([tmp_path / "notes"])
+    assert not (tmp_path / "notes" / "report").exists()
+
+
 def test_tasks_have_intervals_and_samples_stand_side_by_side(swept):
     _, written = swept
     page = read(written)
@@ -351,7 +420,7 @@ def test_a_broken_sweep_file_is_a_failed_row_and_its_runs_are_found(tmp_path):
     (folder / "sweep.json").write_text("{")
     lines = board([folder])
     assert names(lines) == [("row1", ""), ("row0", ""), ("row3", ""), ("row2", ""), ("sweep", "failed")]
-    assert "sweep.json is not readable" in lines[-1][1]["changed"].text
+    assert "sweep.json is not the record of a sweep" in lines[-1][1]["changed"].text
 
 
 @pytest.mark.parametrize("folder", ["../elsewhere", "/etc", "", ".", "a/../../b", None, "x\0y", "\ud800"])
@@ -407,6 +476,147 @@ def test_parts_of_another_kind_are_left_out(tmp_path):
     assert (row.evaluation.tasks, row.evaluation.generation) == ((), ())
     assert [s.answers for s in row.evaluation.samples] == [{}]
     write_report([run])
+
+
+def test_what_was_measured_of_an_earlier_training_is_left_out(tmp_path):
+    sweep = example_sweep(tmp_path / "sweep")
+    run = sweep / "row1"
+    digest = record_digest(run)
+    for name in ("evaluation.json", "inference.json"):
+        values = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps({**values, "run_sha256": digest}))
+    row = collect([run]).rows[0]
+    assert row.evaluation.tasks
+    assert row.inference.rows
+    assert row.notes == []
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"steps": 101}))
+    row = collect([run]).rows[0]
+    assert (row.evaluation, row.inference) == (Evaluation(), Inference())
+    assert [note.partition(":")[0] for note in row.notes] == [
+        "evaluation.json is of an earlier training in this directory",
+        "inference.json is of an earlier training in this directory",
+    ]
+    assert "0.420" not in text_of(run)
+
+
+def test_an_interval_of_nothing_is_not_nothing(tmp_path):
+    run = make_run(tmp_path / "run")
+    models = {"student before": {"value": 0.0, "stderr": 0.0}, "student after": {"value": 0.4, "stderr": 0.1}}
+    task = {"metric": "acc", "examples": 5, "shots": 0, "chat_template": False, "models": models}
+    make_evaluation(run, 0.4, tasks={"arc": task})
+    text = text_of(run)
+    assert "| 0.000 ± 0.600 | 0.400 ± 0.196 |" in text
+    # The one that `kdcache evaluate` shows.
+    values = json.loads((run / "evaluation.json").read_text())
+    assert task_table(values)[1][0][3:] == ("0.000 ±0.600", "0.400 ±0.196")
+
+
+def test_figures_that_were_asked_for_in_two_ways_stand_in_two_columns(tmp_path):
+    def task(value, **other):
+        models = {"student after": {"value": value, "stderr": 0.01}}
+        return {"metric": "acc", "examples": 1000, "shots": 0, "chat_template": False, "models": models, **other}
+
+    runs = [make_run(tmp_path / name) for name in "abc"]
+    for run, examples, budget, tasks in (
+        (runs[0], 64, 32, {"arc": task(0.51), "piqa": task(0.6)}),
+        (runs[1], 64, 8, {"arc": task(0.52, examples=5, chat_template=True), "piqa": task(0.61)}),
+        (runs[2], 3, 32, {"arc": task(0.53, shots=5), "piqa": task(0.62)}),
+    ):
+        make_evaluation(run, 0.4, tasks=tasks)
+        values = json.loads((run / "evaluation.json").read_text())
+        values["generation"] |= {"examples": examples, "max_new_tokens": budget}
+        (run / "evaluation.json").write_text(json.dumps(values))
+    lines = {cells["student"].text: cells for _, cells in board(runs)}
+    columns = {
+        "arc (n = 1000, 0-shot, no chat)": ("0.510", "-", "-"),
+        "arc (n = 5, 0-shot, chat)": ("-", "0.520", "-"),
+        "arc (n = 1000, 5-shot, no chat)": ("-", "-", "0.530"),
+        "piqa": ("0.600", "0.610", "0.620"),
+        "ROUGE-L (n = 64, 32 tokens)": ("0.400", "-", "-"),
+        "ROUGE-L (n = 64, 8 tokens)": ("-", "0.400", "-"),
+        "retention % (n = 3, 32 tokens)": ("-", "-", "80.0"),
+    }
+    assert {name: tuple(lines[run][name].text for run in "abc") for name in columns} == columns
+    assert "ROUGE-L" not in lines["a"]
+    text = text_of(*runs)
+    assert text.count("arc: acc, ") == 3
+    assert "arc: acc, 5 examples, none shown first, through the chat template:" in text
+
+
+def test_numbers_of_a_sweep_that_no_float_holds_are_refused(tmp_path):
+    sweep = make_sweep(tmp_path / "sweep", [("good", {}, 1.9)], jobs=int("9" * 400))
+    found = collect([sweep])
+    assert [row.state for row in found.rows] == ["failed", "finished"]
+    assert "lacks jobs" in found.rows[0].reason
+    text_of(sweep)
+
+
+@pytest.mark.parametrize("log", ["step,loss\n1,low\n", "epoch,loss\n1,2\n", "step,loss\n1,2,3\n"])
+def test_a_damaged_log_is_an_error_of_ours(tmp_path, log):
+    run = make_run(tmp_path / "run", log=log)
+    with pytest.raises(TrainingError, match=r"log\.csv is damaged, so that loss\.png cannot be drawn"):
+        write_pages(load_record(run))
+    assert "student after" in (run / "table.md").read_text()
+
+
+def test_pages_of_a_run_that_lacks_what_they_do_not_need(tmp_path):
+    run = make_run(tmp_path / "run", steps=None, seconds=None, resumed_at=None)
+    write_pages(load_record(run))
+    assert "unknown steps, - s." in (run / "table.md").read_text()
+
+
+def test_a_printed_command_trains_the_row_again(base_values, shared_cache, tmp_path):
+    """Of a cache with a selection of its own, which the recipe does not name."""
+    import kdcache.cli  # noqa: F401 (registers the commands)
+    from kdcache.commands.app import app
+    from kdcache.student.distill import distill
+
+    values = copy.deepcopy(base_values)
+    del values["selection"]
+    values |= {"output": str(tmp_path / "run"), "cache": {"directory": str(shared_cache)}}
+    values["training"] |= {"max_steps": 1, "batch_size": 2}
+    first = distill(parse_recipe(values))
+    assert first.values["selection"]["bytes_per_position"] != first.values["recipe"]["selection"]["bytes_per_position"]
+    # The same row as a sweep has it: its base says what the recipe says, run.json all defaults besides.
+    sweep = {
+        "format": "kdcache-sweep",
+        "recipe": values,
+        "rows": [{"name": "A", "directory": "run", "state": "finished"}],
+    }
+    written = write_report([tmp_path / "run"])
+    [alone] = bases(written.found)
+    assert "selection" not in alone.recipe
+    assert "selection is left out" in (tmp_path / "run/report/report.md").read_text()
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    [base] = bases(collect([tmp_path]))
+    assert base.changed(base.rows[0]) == alone.changed(alone.rows[0]) == {}
+    _, *words = shlex.split(alone.command(alone.rows[0], str(tmp_path / "run/report")))
+    app(words, standalone_mode=False)
+    again = load_record(tmp_path / "run-again")
+    assert again.scores == first.scores
+
+
+def test_a_selection_that_the_cache_holds_stays_in_the_base(tmp_path):
+    held = {"method": "threshold_sampling", "bytes_per_position": 32.0, "floors": [0.01, 0.02]}
+    chosen = {"method": "threshold_sampling", "bytes_per_position": 32.0, "floors": None}
+    make_run(tmp_path / "a", changes={"selection": chosen}, selection=held)
+    make_run(tmp_path / "b", changes={"selection": {**chosen, "bytes_per_position": 64.0}}, selection=held)
+    [stays], [goes] = (bases(collect([tmp_path / name])) for name in "ab")
+    assert stays.recipe["selection"] == chosen
+    assert stays.note == ""
+    assert "selection" not in goes.recipe
+    # A sweep of a version that wrote defaults into its base as well.
+    changes = {"selection": {**chosen, "bytes_per_position": 64.0}, "loss.temperature": 3.0}
+    sweep = make_sweep(tmp_path / "sweep", [("A1", {}, None)], recipe=recipe_with({"selection": changes["selection"]}))
+    make_run(sweep / "row0", changes=changes, selection=held)
+    values = json.loads((sweep / "sweep.json").read_text())
+    values["rows"][0] |= {"state": "finished", "changes": {"loss.temperature": 3.0}}
+    (sweep / "sweep.json").write_text(json.dumps(values))
+    [base] = bases(collect([sweep]))
+    assert "selection" not in base.recipe
+    assert set(base.changed(base.rows[0])) == {"loss.temperature"}
+    assert " selection" not in base.command(base.rows[0], "out")
 
 
 def test_a_run_that_was_stopped_is_no_failure(tmp_path):

@@ -17,21 +17,26 @@ import pytest
 import yaml
 from rich.console import Console
 
+from kdcache.cache.store import open_cache
 from kdcache.cli import main
 from kdcache.commands.sweeps import LiveTable, PlainLines
 from kdcache.errors import RecipeError, TrainingError
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.report import write_pages
+from kdcache.student import distill as distill_module
+from kdcache.student.agreement import refuse_unfit
 from kdcache.student.distill import distill
 from kdcache.sweep import crew as crew_module
 from kdcache.sweep import run as run_module
 from kdcache.sweep import worker as worker_module
 from kdcache.sweep.board import FAILED, FINISHED, RUNNING, Board, Earlier, RowState, SweepDirectory
+from kdcache.sweep.ready import rows_with_earlier
 from kdcache.sweep.rows import expand
 from kdcache.sweep.run import run_sweep
 from kdcache.sweep.search import Search
-from kdcache.sweep.table import leaderboard, leaderboard_markdown, notes
+from kdcache.sweep.table import leaderboard, leaderboard_markdown, notes, plain_line
+from kdcache.sweep_record import read_sweep
 
 
 @pytest.fixture
@@ -90,7 +95,7 @@ def command(monkeypatch, capsys, tmp_path):
 
     def call(values, *argv):
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values))
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
         monkeypatch.setattr(sys, "argv", ["kdcache", "sweep", str(path), *argv])
         with pytest.raises(SystemExit) as exited:
             main()
@@ -110,69 +115,6 @@ def states(values):
 
 def contents(folder, *names):
     return {name: (folder / name).read_bytes() for name in names}
-
-
-def test_failures_stay_with_their_row_and_are_tried_again(sweep, monkeypatch):
-    # As in this process: numbers of threads may change the last bits.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    rows = {
-        "A": {"loss.temperature": 1},
-        "C": {"training.max_steps": 60, "training.save_steps": 5},
-        "D": {"training.max_length": 40, "student.lora.r": 4},
-    }
-    values = sweep({"rows": rows})
-    folder = Path(values["output"])
-
-    def kill(board):
-        if list(folder.glob("C/checkpoints/checkpoint-*")) and board["C"].state == RUNNING:
-            os.kill(board["C"].pid, signal.SIGKILL)
-
-    board = run_sweep(parse_recipe(values), jobs=2, after_row=write_pages, watch=kill)
-    assert {s.name: s.state for s in board.rows} == {"A": FINISHED, "C": FAILED, "D": FINISHED}
-    written = record(values)
-    assert (written["format"], written["name"], written["jobs"]) == ("kdcache-sweep", "sweep", 2)
-    assert written["factors"] == ["loss.temperature", "training.max_steps", "training.save_steps",
-                                  "training.max_length", "student.lora.r"]  # fmt: skip
-    assert "sweep" not in written["recipe"]
-    assert written["recipe"]["training"]["max_steps"] == 3
-    assert [(r["name"], r["state"], r["directory"]) for r in written["rows"]] == [
-        ("A", "finished", "A"),
-        ("C", "failed", "C"),
-        ("D", "finished", "D"),
-    ]
-    errors = {r["name"]: r["error"] for r in written["rows"]}
-    assert errors["A"] is errors["D"] is None
-    assert re.match("its process was ended by SIGKILL: out of memory, as a rule; the same command goes on", errors["C"])
-    assert all(r["seconds"] > 0 for r in written["rows"])
-    assert written["seconds"] >= max(r["seconds"] for r in written["rows"])
-    page = (folder / "leaderboard.md").read_text()
-    assert "2 of 3 rows finished" in page
-    assert "C failed: its process was ended by SIGKILL" in page
-    assert (folder / "A/loss.png").exists()
-
-    # The same again with a new row: what was finished stays as it is, C goes on.
-    kept = contents(folder, "A/run.json", "A/model/adapter_model.safetensors", "D/run.json")
-    earlier = record(values)["seconds"]
-    values = sweep({"rows": {**rows, "E": {"seed": 3}}})
-    begun = []
-    again = run_sweep(parse_recipe(values), watch=lambda board: begun.extend(s.name for s in board.having(RUNNING)))
-    assert {s.state for s in again.rows} == {FINISHED}
-    assert set(begun) == {"C", "E"}
-    assert contents(folder, *kept) == kept
-    assert json.loads((folder / "C/run.json").read_text())["resumed_at"] >= 5
-    assert states(values) == dict.fromkeys("ACDE", "finished")
-    assert record(values)["seconds"] > earlier
-    names = [line.split(" | ")[0].strip("| ") for line in (folder / "leaderboard.md").read_text().splitlines()[4:8]]
-    by_perplexity = sorted(again.rows, key=lambda s: s.scores["student after"]["perplexity"])
-    assert names == [s.name for s in by_perplexity]
-
-    # A row of a sweep, stopped or not, is the student that is trained alone.
-    for name in "CD":
-        row = next(s.row for s in again.rows if s.name == name)
-        alone = distill(row.recipe.model_copy(update={"output": str(folder.parent / f"alone-{name}")}))
-        same = f"{name}/model/adapter_model.safetensors"
-        assert (alone.output / "model/adapter_model.safetensors").read_bytes() == (folder / same).read_bytes()
-        assert alone.scores == again[name].scores
 
 
 def start(path):
@@ -196,60 +138,122 @@ def children(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-def test_killed_and_interrupted_it_goes_on_and_leaves_no_process(sweep, command, tmp_path):
-    values = sweep({"rows": {"A": {}, "B": {"training.max_steps": 250}}}, save_steps=10)
+def test_whatever_ends_it_the_same_command_goes_on(sweep, command, tmp_path, monkeypatch):
+    # As in this process: numbers of threads may change the last bits.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = {
+        "A": {"loss.temperature": 1},
+        "C": {"training.max_steps": 60, "training.max_length": 40, "student.lora.r": 4},
+        "B": {"training.max_steps": 60},
+        "D": {"seed": 2},
+    }
+    values = sweep({"rows": rows}, save_steps=5)
     folder, path = Path(values["output"]), tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
 
-    def trains(process):
-        seen = sorted(p.name for p in folder.glob("B/checkpoints/checkpoint-*"))
-        wait_for(lambda: sorted(p.name for p in folder.glob("B/checkpoints/checkpoint-*")) not in ([], seen), process)
+    def checkpoints(row):
+        return {p.name for p in folder.glob(f"{row}/checkpoints/checkpoint-*")}
 
+    # The sweep's process is killed, while others are refused: none of its own stays.
     process = start(path)
-    trains(process)
-    assert states(values) == {"A": "finished", "B": "running"}
+    wait_for((folder / ".lock").exists, process)
     refused = command(values)
     assert refused[0] == 2
     assert "another process is at work on the sweep in" in refused[2]
+    wait_for(lambda: checkpoints("C"), process)
     workers = children(process.pid)
     process.kill()
     process.communicate()
+    assert states(values) == {"A": "finished", "C": "running", "B": "waiting", "D": "waiting"}
     end = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in workers):
         assert time.monotonic() < end
         time.sleep(0.05)
     assert workers
 
-    finished = (folder / "A/run.json").read_bytes()
-    process = start(path)
-    trains(process)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, (out, err)
+    # A worker is killed, another takes the next row; then Ctrl-C, which reaches every process of a terminal.
+    kept = contents(folder, "A/run.json", "A/model/adapter_model.safetensors")
+    before, killed, shown = checkpoints("C"), [], PlainLines.show
+
+    def show(self, board):
+        shown(self, board)
+        if not killed and board["C"].state == RUNNING and checkpoints("C") - before:
+            killed.append(board["C"].pid)
+            os.kill(board["C"].pid, signal.SIGKILL)
+        elif board["C"].state == FAILED and board["B"].state == RUNNING and checkpoints("B"):
+            assert board["D"].pid not in (None, *killed)
+            for pid in (board["B"].pid, os.getpid()):
+                os.kill(pid, signal.SIGINT)
+
+    monkeypatch.setattr(PlainLines, "show", show)
+    code, out, err = command(values, "--jobs", "2")
+    assert code == 130, (out, err)
     assert "Traceback" not in err
-    assert states(values) == {"A": "finished", "B": "stopped"}
+    written = record(values)
+    assert (written["format"], written["name"], written["jobs"]) == ("kdcache-sweep", "sweep", 2)
+    assert written["factors"] == [
+        "loss.temperature",
+        "training.max_steps",
+        "training.max_length",
+        "student.lora.r",
+        "seed",
+    ]
+    assert "sweep" not in written["recipe"]
+    assert written["recipe"]["training"]["max_steps"] == 3
+    assert [(r["name"], r["state"], r["directory"]) for r in written["rows"]] == [
+        ("A", "finished", "A"), ("C", "failed", "C"), ("B", "stopped", "B"), ("D", "stopped", "D"),
+    ]  # fmt: skip
+    errors = {r["name"]: r["error"] for r in written["rows"]}
+    assert errors["A"] is errors["B"] is None
+    assert re.match("its process was ended by SIGKILL: out of memory, as a rule; the same command goes on", errors["C"])
+    assert all(r["seconds"] > 0 for r in written["rows"])
+    page = (folder / "leaderboard.md").read_text()
+    assert "1 of 4 rows finished" in page
+    assert "C failed: its process was ended by SIGKILL" in page
 
-    code, out, err = command(values)
-    assert (code, err) == (0, "")
-    assert states(values) == {"A": "finished", "B": "finished"}
-    assert "B: finished, perplexity" in out
-    assert (folder / "A/run.json").read_bytes() == finished
-    assert json.loads((folder / "B/run.json").read_text())["resumed_at"] >= 20
+    # The same again with a new row: what was finished stays as it is, the others go on.
+    monkeypatch.setattr(PlainLines, "show", shown)
+    monkeypatch.setattr(crew_module, "Worker", InThread)
+    rows["E"], begun = {"seed": 3}, []
+    again = run_sweep(
+        parse_recipe(values), after_row=write_pages, watch=lambda b: begun.extend(s.name for s in b.having(RUNNING))
+    )
+    assert {s.state for s in again.rows} == {FINISHED}
+    assert set(begun) == {"B", "C", "D", "E"}
+    assert contents(folder, *kept) == kept
+    assert json.loads((folder / "C/run.json").read_text())["resumed_at"] >= 10
+    assert json.loads((folder / "B/run.json").read_text())["resumed_at"] >= 5
+    assert states(values) == dict.fromkeys("ACBDE", "finished")
+    assert record(values)["seconds"] > written["seconds"]
+    assert (folder / "C/loss.png").exists()
+    names = [line.split(" | ")[0].strip("| ") for line in (folder / "leaderboard.md").read_text().splitlines()[4:9]]
+    by_perplexity = sorted(again.rows, key=lambda s: s.scores["student after"]["perplexity"])
+    assert names == [s.name for s in by_perplexity]
+
+    # A row of a sweep, killed twice, is the student that is trained alone.
+    alone = distill(again["C"].row.recipe.model_copy(update={"output": str(tmp_path / "alone")}))
+    same = "model/adapter_model.safetensors"
+    assert (alone.output / same).read_bytes() == (folder / "C" / same).read_bytes()
+    assert alone.scores == again["C"].scores
 
 
-def test_a_search_tells_its_study_and_goes_on(sweep, in_threads):
-    search = {"training.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "loss.temperature": [1, 2]}
-    values = sweep({"rows": {"A": {}}, "search": search, "trials": 2})
+def test_a_search_over_few_values_repeats_itself_and_goes_on(sweep, in_threads):
+    values = sweep({"rows": {"A": {}}, "search": {"loss.temperature": [1, 2]}, "trials": 3}, max_steps=1)
     board = run_sweep(parse_recipe(values))
-    assert [(s.name, s.state) for s in board.rows] == [(n, FINISHED) for n in ("A", "trial-000", "trial-001")]
-    assert set(board["trial-001"].row.changes) == set(search)
-    values["sweep"]["trials"] = 3
+    names = ["A", "trial-000", "trial-001", "trial-002"]
+    assert [(s.name, s.state) for s in board.rows] == [(n, FINISHED) for n in names]
+    assert set(board["trial-001"].row.changes) == {"loss.temperature"}
+    values["sweep"]["trials"] = 4
     again = run_sweep(parse_recipe(values))
-    assert [s.name for s in again.rows] == ["A", "trial-000", "trial-001", "trial-002"]
-    assert [s.row.changes for s in again.rows][:3] == [s.row.changes for s in board.rows]
+    assert [s.name for s in again.rows] == [*names, "trial-003"]
+    assert [s.row.changes for s in again.rows][:4] == [s.row.changes for s in board.rows]
     study = Search(parse_recipe(values), Path(values["output"]))._study
     assert [t.value for t in study.trials] == [s.scores["student after"]["loss"] for s in again.rows[1:]]
     assert not list(Path(values["output"]).glob("errors.log"))
+    # Rows that are named still have to differ.
+    values["sweep"] = {"rows": {"A": {}, "B": {}}}
+    with pytest.raises(RecipeError, match="the rows A and B are the same experiment"):
+        run_sweep(parse_recipe(values))
 
 
 def test_a_search_asks_the_same_whether_stopped_or_not(sweep, tmp_path):
@@ -322,7 +326,7 @@ def test_the_command_lists_its_rows_and_refuses_before_it_begins(sweep, command,
         assert not (Path(values["output"]) / "sweep.json").exists()
 
 
-def test_the_command_makes_what_is_missing_and_starts_over_when_told(sweep, command, in_threads, tmp_path):
+def test_the_command_makes_what_is_missing_and_starts_over_when_told(sweep, command, in_threads, tmp_path, monkeypatch):
     values = sweep({"grid": {"loss.temperature": [1, 2]}})
     values["cache"]["directory"] = str(tmp_path / "own-cache")
     folder = Path(values["output"])
@@ -338,13 +342,85 @@ def test_the_command_makes_what_is_missing_and_starts_over_when_told(sweep, comm
     assert "row temperature=1: " in err
     assert "training.max_steps was 3, now 4" in err
     assert (folder / "temperature=1/run.json").read_bytes() == first
-    values["sweep"] = {"rows": {"A": {"student.lora.targets": ["nothing"]}, "B": {}}}
+    # What is wrong with the directory is said before the teacher runs.
+    later = copy.deepcopy(values)
+    later["cache"]["directory"] = str(tmp_path / "later-cache")
+    code, out, err = command(later)
+    assert (code, out) == (2, "")
+    assert "row temperature=1: " in err
+    assert "training.max_steps was 3, now 4" in err
+    assert not (tmp_path / "later-cache").exists()
+    for changes, message in (
+        ({"student.lora.targets": ["nothing"]}, "row A: student.lora does not fit the model"),
+        ({"training.max_length": 3}, "row A: no sequence of split validation has a target within its first 3"),
+    ):
+        values["sweep"] = {"rows": {"B": {}, "A": changes}}
+        code, out, err = command(values, "--overwrite")
+        assert (code, out) == (2, "")
+        assert message in err
+        assert (folder / "temperature=1/run.json").read_bytes() == first
+    train = distill_module.train_to_end
+
+    def breaks(trainer, *rest):
+        if Path(trainer.args.output_dir).parent.name == "A":
+            raise TrainingError("out of luck")
+        return train(trainer, *rest)
+
+    monkeypatch.setattr(distill_module, "train_to_end", breaks)
+    values["sweep"] = {"rows": {"A": {"seed": 1}, "B": {}}}
     code, out, err = command(values, "--overwrite")
     # A row fails, and of the old ones nothing is left: they were forgotten together.
     assert code == 1
-    assert "A failed: student.lora does not fit the model" in out
+    assert "A failed: out of luck" in out
     assert states(values) == {"A": "failed", "B": "finished"}
     assert not (folder / "temperature=1").exists()
+
+
+def test_one_row_does_not_bring_the_others_down(sweep, in_threads, monkeypatch):
+    class Heard(Silent):
+        def __init__(self):
+            self.warnings = []
+
+        def warning(self, text):
+            self.warnings.append(text)
+
+    values, heard, train = (
+        sweep({"rows": {"A": {}, "B": {"seed": 1}}}, max_steps=1),
+        Heard(),
+        distill_module.train_to_end,
+    )
+    folder = Path(values["output"])
+
+    def breaks(trainer, *rest):
+        if Path(trainer.args.output_dir).parent.name == "A":
+            raise RuntimeError("broken")
+        return train(trainer, *rest)
+
+    def stumbles(done):
+        raise ValueError("no table")
+
+    monkeypatch.setattr(distill_module, "train_to_end", breaks)
+    # Where the tracebacks should go, nothing can be written.
+    board = run_sweep(
+        parse_recipe(values),
+        after_row=stumbles,
+        progress=heard,
+        watch=lambda board: (folder / "errors.log").mkdir(exist_ok=True),
+    )
+    assert {s.name: s.state for s in board.rows} == {"A": FAILED, "B": FINISHED}
+    assert board["A"].error == "RuntimeError: broken"
+    assert any("A: cannot write" in text for text in heard.warnings)
+    assert any(text == "B: its pages are not written, ValueError: no table" for text in heard.warnings)
+    # A run.json of another version, which has no more than every reader needs.
+    monkeypatch.setattr(distill_module, "train_to_end", train)
+    run = json.loads((folder / "B/run.json").read_text())
+    after = {key: run["scores"]["student after"][key] for key in ("loss", "perplexity")}
+    few = {key: run[key] for key in ("format", "recipe", "cache_id")} | {"scores": {"student after": after}}
+    (folder / "B/run.json").write_text(json.dumps(few))
+    board = run_sweep(parse_recipe(values))
+    assert {s.state for s in board.rows} == {FINISHED}
+    assert "| B | seed 1 | " in (folder / "leaderboard.md").read_text()
+    assert plain_line(board["B"]).startswith(f"B: finished, perplexity {after['perplexity']:.3f}, KL to teacher ?, ")
 
 
 @pytest.mark.parametrize(
@@ -361,6 +437,32 @@ def test_every_worker_has_a_gpu_of_its_own(monkeypatch, gpus, visible, seen):
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
 
 
+def test_a_broken_record_is_its_rows_failure_and_no_others(sweep, command, in_threads, tmp_path):
+    values = sweep({"rows": {"A": {}, "B": {"seed": 1}}})
+    assert command(values)[0] == 0
+    record = tmp_path / "sweep" / "A" / "run.json"
+    record.write_text("{broken")
+    values["sweep"]["rows"]["C"] = {"seed": 2}
+    code, out, err = command(values)
+    assert code == 1
+    assert err == ""
+    assert f"remove {record.parent} to train it again" in out
+    assert [row["state"] for row in read_sweep(tmp_path / "sweep")["rows"]] == ["failed", "finished", "finished"]
+    assert record.read_text() == "{broken"
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(sweep, command, in_threads, tmp_path):
+    values = sweep({"rows": {"A": {}}})
+    assert command(values)[0] == 0
+    code, _, err = command(values, "--dry-run", "training.max_steps=2")
+    assert code == 2
+    assert "row A" in err
+    assert "training.max_steps was 3, now 2" in err
+    before = sorted(p.name for p in (tmp_path / "sweep").iterdir())
+    assert command(values, "--dry-run")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir()) == before
+
+
 def test_what_is_no_sweep_is_left_alone(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "Crew", lambda *a: pytest.fail("a process was started"))
     values = sweep({"rows": {"A": {}}})
@@ -374,20 +476,67 @@ def test_what_is_no_sweep_is_left_alone(sweep, tmp_path, monkeypatch):
         run_sweep(parse_recipe(values))
 
 
+def one_row(**other):
+    row = {"name": "A", "changes": {}, "directory": "A", "state": "finished", "error": None, "seconds": 1} | other
+    return json.dumps({"format": "kdcache-sweep", "seconds": 1, "rows": [row]})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not the record of a sweep"),
         ('{"format": "other"}', "its format is 'other'"),
         ('{"format": "kdcache-sweep", "rows": [{}]}', "is not the record of a sweep"),
-        ('{"format": "kdcache-sweep", "seconds": 1, "rows": [{"name": "A", "changes": {}, "directory": "../A", "state": "finished",'
-         ' "error": null, "seconds": 1}]}', "lies outside"),
+        ('{"format": "kdcache-sweep"}', "lacks rows"),
+        (one_row(seconds="soon"), "row 1: its seconds are no number"),
+        (one_row(seconds=float("nan")), "row 1: its seconds are no number"),
+        (one_row(directory="../A"), r"row 1: its directory '\.\./A' does not lie in the sweep's"),
+        (one_row(directory=".."), "does not lie in the sweep's"),
+        (one_row(directory="."), "does not lie in the sweep's"),
+        (one_row(directory="/A"), "does not lie in the sweep's"),
+        (one_row(directory="A" * 300), "does not lie in the sweep's"),
+        (one_row(state="dancing"), "the state 'dancing'"),
+        (one_row(name=None), "row 1: it has no name"),
+        (one_row(changes=[]), "row 1: its changes are no mapping"),
+        (one_row(error=[]), "row 1: its error is no text"),
+        ('{"format": "kdcache-sweep", "rows": [1]}', "row 1: it is no mapping"),
+        ('{"format": "kdcache-sweep", "rows": [], "jobs": 1' + "0" * 400 + "}", "lacks jobs"),
+        (one_row()[:-2] + "," + one_row().partition("[")[2], "two rows have the name 'A'"),
     ],
 )  # fmt: skip
 def test_a_damaged_record_is_refused(tmp_path, text, message):
     (tmp_path / "sweep.json").write_text(text)
     with SweepDirectory(tmp_path) as directory, pytest.raises(TrainingError, match=message):
         directory.earlier()
+
+
+def test_the_recipe_in_the_record_can_be_trained(sweep, shared_cache):
+    values = sweep({"rows": {"A": {}, "B": {"loss.temperature": 1}}})
+    # The cache was made with another selection than the default one.
+    del values["selection"]
+    recipe = parse_recipe(values)
+    board = Board(recipe, 3, [RowState(row) for row in expand(recipe)])
+    with SweepDirectory(board.path) as directory:
+        board.write()
+        assert directory.earlier().of("B") == {
+            "name": "B", "changes": {"loss.temperature": 1.0}, "directory": "B", "state": "waiting", "error": None, "seconds": 0.0,
+        }  # fmt: skip
+    written = read_sweep(board.path)
+    assert (written["name"], written["jobs"], written["factors"]) == ("sweep", 3, ["loss.temperature"])
+    assert "selection" not in written["recipe"]
+    refuse_unfit(parse_recipe(written["recipe"]), open_cache(shared_cache))
+
+
+def test_an_earlier_row_whose_run_is_gone_is_forgotten(sweep):
+    recipe = parse_recipe(sweep({"rows": {"A": {}}}))
+    row = {"changes": {"seed": 1}, "state": "finished", "error": None, "seconds": 5.0}
+    earlier = Earlier(
+        [{"name": "B", "directory": "B", **row}, {"name": "C", "directory": "C", **row, "changes": {"seed": 2}}], 10.0
+    )
+    run = Path(recipe.output) / "B/run.json"
+    run.parent.mkdir(parents=True)
+    run.write_text("{}")
+    assert [(s.name, s.seconds) for s in rows_with_earlier(recipe, expand(recipe), earlier)] == [("A", 0.0), ("B", 5.0)]
 
 
 def test_train_student_does_not_train_a_sweep(sweep):

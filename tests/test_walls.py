@@ -62,6 +62,28 @@ def offenders(folder, *forbidden):
         ),
         ("teacher/", ("kdcache.student", "kdcache.sweep")),
         ("student/", ("kdcache.teacher", "kdcache.data", "kdcache.sweep")),
+        ("evaluate/", ("kdcache.report", "kdcache.sweep", "kdcache.embedded")),
+        (
+            "report/",
+            (
+                "torch",
+                "transformers",
+                "kdcache.models",
+                "kdcache.data",
+                "kdcache.teacher",
+                "kdcache.student",
+                "kdcache.sweep",
+                "kdcache.evaluate",
+                "kdcache.embedded",
+            ),
+        ),
+        *(
+            (
+                room,
+                ("torch", "kdcache.cache", "kdcache.recipe", "kdcache.report", "kdcache.evaluate", "kdcache.student"),
+            )
+            for room in ("markdown.py", "intervals.py", "run_record.py", "sweep_record.py")
+        ),
         ("sweep/", ("kdcache.teacher", "kdcache.data", "kdcache.embedded", "kdcache.report")),
         (
             "student/loss.py",

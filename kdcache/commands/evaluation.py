@@ -9,6 +9,7 @@ import typer
 
 from kdcache.commands.app import app, console_progress, say, say_lines, say_table
 from kdcache.console import text_table
+from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
     from kdcache.evaluate.evaluation import Evaluation
@@ -85,16 +86,30 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge finished runs against their cache, on generations and on benchmarks; results are kept in evaluation.json."""
-    from kdcache.evaluate.evaluation import EVALUATION_FILE, Wanted
+    chosen = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if tasks and not chosen:
+        raise KdcacheError(f"--tasks {tasks!r} names no task; give names with commas between them, or leave it out")
+    asked = bool(generate or samples)
+    for option, given, used, needs in (
+        ("--max-new-tokens", max_new_tokens is not None, asked, "--generate or --samples"),
+        ("--task-data", task_data is not None, bool(chosen), "--tasks"),
+        ("--limit", limit is not None, bool(chosen), "--tasks"),
+        ("--chat-template", chat_template, bool(chosen), "--tasks"),
+        ("--teacher", teacher is not None, asked or bool(chosen), "--generate, --samples or --tasks"),
+    ):
+        if given and not used:
+            raise KdcacheError(f"{option} goes with {needs}; add that, or leave {option} out")
+    from kdcache.evaluate.evaluation import Wanted
     from kdcache.evaluate.evaluation import evaluate as evaluated
-    from kdcache.evaluate.tables import PAGE_FILE, leaderboard, write_page
+    from kdcache.evaluate.tables import leaderboard, write_page
+    from kdcache.run_record import EVALUATION_FILE, EVALUATION_PAGE
 
     wanted = Wanted(
         batch_size=batch_size,
         generate=generate,
         max_new_tokens=max_new_tokens,
         samples=samples,
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        tasks=chosen,
         task_data=task_data,
         limit=limit,
         chat_template=chat_template,
@@ -109,12 +124,11 @@ def evaluate(
     if len(done) > 1:
         columns, rows = leaderboard(done)
         say_table(text_table(columns, rows))
-    say(f"written: {EVALUATION_FILE} and {PAGE_FILE} in " + ", ".join(str(e.run) for e in done))
+    say(f"written: {EVALUATION_FILE} and {EVALUATION_PAGE} in " + ", ".join(str(e.run) for e in done))
 
 
 def _say(evaluation: Evaluation) -> None:
     from kdcache.evaluate.tables import (
-        INTERVAL_NOTE,
         ROUGE_NOTE,
         SCORE_NOTE,
         generation_table,
@@ -123,6 +137,7 @@ def _say(evaluation: Evaluation) -> None:
         task_table,
         title,
     )
+    from kdcache.intervals import INTERVAL_NOTE
     from kdcache.report import kl_note
 
     values, measured = evaluation.values, evaluation.measured

@@ -70,7 +70,7 @@ def sweep(
     from kdcache.errors import IncompleteCacheError
     from kdcache.recipe import parse_recipe
     from kdcache.recipe_yaml import read_values
-    from kdcache.sweep.ready import ready_rows
+    from kdcache.sweep.ready import ready_rows, refuse_occupied, refuse_other_rows
 
     chosen = parse_recipe(_with_options(read_values(recipe, overrides or []), grid or [], trials))
     complete = is_complete(chosen.cache.directory)
@@ -79,6 +79,8 @@ def sweep(
         from kdcache.sweep.board import read_earlier
 
         earlier = read_earlier(Path(chosen.output))
+        if not overwrite:
+            refuse_other_rows(chosen, rows, earlier)
         say_table(text_table(("row", "changes", "state"), [
             (row.name, ", ".join(f"{k}={v}" for k, v in row.changes.items()) or "-", (earlier.of(row.name) or {}).get("state", "new"))
             for row in rows
@@ -92,6 +94,9 @@ def sweep(
         raise IncompleteCacheError(
             f"the cache {chosen.cache.directory} is not complete; make it with kdcache teacher-cache, or leave --no-make-cache out"
         )
+    if not complete:
+        # Before the teacher's hours, not after them.
+        refuse_occupied(chosen, rows, overwrite=overwrite)
     ready_embedded(chosen, progress)
     if not complete:
         _make_cache(chosen, progress)

@@ -7,21 +7,18 @@ A student before training that several runs share is measured once, and so is a 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kdcache import __version__
-from kdcache.cache.files import write_file
 from kdcache.devices import give_back_memory
-from kdcache.errors import CacheError, ModelError, TrainingError
+from kdcache.errors import CacheError, ModelError
 from kdcache.evaluate.by_sequence import SequenceSums, teacher_errors
 from kdcache.evaluate.generation import Prompts, answer_text, generate, judged, prompts_of, retention, scorer
 from kdcache.evaluate.harness import Harness, Measured, as_record
 from kdcache.evaluate.perplexity import teacher_score
+from kdcache.evaluate.results import earlier_results, write_results
 from kdcache.evaluate.saved_run import (
     AFTER,
     BEFORE,
@@ -30,17 +27,16 @@ from kdcache.evaluate.saved_run import (
     Students,
     load_teacher,
     open_saved_run,
+    refuse_missing_student,
     run_directories,
     run_score,
 )
 from kdcache.progress import Progress, Silent
-from kdcache.run_record import RECORD_FILE, read_json
 from kdcache.token_maps import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EVALUATION_FILE = "evaluation.json"
 _BATCH = 8
 _T = TypeVar("_T")
 
@@ -109,25 +105,16 @@ def evaluate(
     session = _Session(wanted, progress)
     directories = run_directories(paths, progress)
     opened = [open_saved_run(path, cache=wanted.cache, progress=progress) for path in directories]
-    earlier = {run.path: _earlier(run, progress) for run in opened}
+    for run in opened:
+        # What cannot be read is found before the work and not after it; what is kept is read when it is written.
+        earlier_results(run.path, run.digest, progress)
     session.prepare(opened)
     # A base stays in memory as long as runs with it follow.
     order = list(dict.fromkeys(run.base for run in opened))
     for run in sorted(opened, key=lambda r: order.index(r.base)):
         parts = session.measure(run)
-        before, tasks = earlier[run.path], tuple(parts.get("tasks", ()))
-        parts["tasks"] = {**before.get("tasks", {}), **parts["tasks"]} if "tasks" in parts else before.get("tasks")
-        known: dict[str, Any] = {key: before[key] for key in ("generation", "samples") if key in before}
-        values = {
-            "format": "kdcache-evaluation",
-            "kdcache": __version__,
-            "cache_id": run.cache.id,
-            "run_sha256": _digest(run),
-            **known,
-            **{key: value for key, value in parts.items() if value is not None},
-        }
-        write_file(run.path / EVALUATION_FILE, json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n")
-        yield Evaluation(run.path, values, tuple(session.parts), tasks)
+        values = write_results(run.path, run.digest, run.cache.id, parts, progress)
+        yield Evaluation(run.path, values, tuple(session.parts), tuple(parts.get("tasks", ())))
     session.students.release()
 
 
@@ -146,6 +133,8 @@ class _Session:
     def prepare(self, runs: list[SavedRun]) -> None:
         """Everything that can fail without a model; then the teachers, which leave before the students come."""
         wanted = self.wanted
+        for run in runs:
+            refuse_missing_student(run.path, run.student)
         if wanted.generate:
             scorer()
         for run in runs:
@@ -257,24 +246,3 @@ class _Session:
                 if i < self.wanted.samples
             ]
         return parts
-
-
-def _digest(run: SavedRun) -> str:
-    return hashlib.sha256((run.path / RECORD_FILE).read_bytes()).hexdigest()
-
-
-def _earlier(run: SavedRun, progress: Progress) -> dict[str, Any]:
-    """What was measured of the same training before."""
-    file = run.path / EVALUATION_FILE
-    try:
-        values = read_json(file)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as exc:
-        raise TrainingError(f"{file} is not readable ({exc}); move it away, or delete it") from exc
-    if not isinstance(values, dict) or values.get("format") != "kdcache-evaluation":
-        raise TrainingError(f"{file} is not an evaluation by kdcache; move it away, or delete it")
-    if values.get("run_sha256") != _digest(run):
-        progress.warning(f"{file} is of an earlier training in this directory and is replaced")
-        return {}
-    return values

@@ -18,11 +18,12 @@ from typing import Any
 
 from kdcache import __version__
 from kdcache.cache.files import write_file
-from kdcache.errors import ModelError, RecipeError, TrainingError
+from kdcache.errors import ModelError
+from kdcache.evaluate.saved_run import refuse_missing_student, trained_recipe
 from kdcache.models import effective_dtype, first_line, refuse_missing_folder
 from kdcache.progress import Progress, Silent
-from kdcache.recipe import Recipe, StudentSection, TeacherSection, parse_recipe
-from kdcache.run_record import load_record
+from kdcache.recipe import Recipe, StudentSection, TeacherSection
+from kdcache.run_record import INFERENCE_FILE, load_record, record_digest
 from kdcache.student.record import hardware
 
 FORMAT = "kdcache-inference"
@@ -85,24 +86,11 @@ class InferenceBench:
             TrainingError: no finished run, one without a student, or one whose recipe this version does not read.
             ModelError: the saved student, its base or the wanted teacher is not there, or the student takes no text this long.
         """
-        record = load_record(run)
-        try:
-            recipe = parse_recipe(record.values["recipe"])
-        except RecipeError as exc:
-            raise TrainingError(
-                f"the recipe in {run / 'run.json'}, of kdcache {record.values.get('kdcache', 'unknown')}, is none that kdcache "
-                f"{__version__} reads: {exc}; measure the run with the version that wrote it, or train it again"
-            ) from exc
-        if recipe.student is None:
-            raise TrainingError(f"{run / 'run.json'} names no student")
+        recipe, student = trained_recipe(load_record(run))
         if self._teacher is not None:
             refuse_missing_folder(self._teacher)
-        saved = run / "model"
-        if not saved.is_dir():
-            raise ModelError(f"{run} has no saved student (expected the folder {saved}); train it again")
-        if recipe.student.lora is not None:
-            refuse_missing_folder(recipe.student.model)
-        self._refuse_long(recipe.student.model if recipe.student.lora is not None else str(saved))
+        refuse_missing_student(run, student)
+        self._refuse_long(student.model if student.lora is not None else str(run / "model"))
         return recipe
 
     def run(self, run: Path) -> dict[str, Any]:
@@ -111,7 +99,7 @@ class InferenceBench:
         Raises:
             KdcacheError: as `check`; or the record cannot be written.
         """
-        recipe = self.check(run)
+        recipe, digest = self.check(run), record_digest(run)
         assert recipe.student is not None
         variants = [*self._teachers(recipe), *students(recipe.student, run / "model", recipe.training.precision)]
         self._progress.begin(f"models of {run}", len(variants), "models")
@@ -129,11 +117,12 @@ class InferenceBench:
         values = {
             "format": FORMAT,
             "kdcache": __version__,
+            "run_sha256": digest,
             "hardware": hardware(),
             **{key: getattr(self.workload, key) for key in ("prompt_tokens", "new_tokens", "batch_size", "repeats")},
             "rows": rows,
         }
-        write_file(run / "inference.json", json.dumps(values, indent=1).encode() + b"\n")
+        write_file(run / INFERENCE_FILE, json.dumps(values, indent=1).encode() + b"\n")
         return values
 
     def _teachers(self, recipe: Recipe) -> list[Variant]:

@@ -14,15 +14,16 @@ from kdcache.cache.reader import Cache, Split
 from kdcache.cache.remote import is_url
 from kdcache.cache.store import open_cache
 from kdcache.devices import give_back_memory
-from kdcache.errors import CacheError, RecipeError, TrainingError
+from kdcache.errors import BrokenRunError, CacheError, ModelError, RecipeError, TrainingError
 from kdcache.evaluate.cached_teacher import cached_teacher_model
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
-from kdcache.models import load_adapter
+from kdcache.models import load_adapter, refuse_missing_folder
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection, parse_recipe
-from kdcache.run_record import RunRecord, load_record, read_json
+from kdcache.run_record import RECORD_FILE, RunRecord, load_record, read_json, record_digest
 from kdcache.student.agreement import VALIDATION
 from kdcache.student.assembly import load_student
+from kdcache.sweep_record import SWEEP_FILE, read_sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,13 +33,14 @@ BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A finished run and what it was trained from."""
+    """A finished run and what it was trained from; ``digest`` is run.json's when it was opened."""
 
     path: Path
     record: RunRecord
     recipe: Recipe
     student: StudentSection
     cache: Cache
+    digest: str
 
     @property
     def validation(self) -> Split:
@@ -65,19 +67,10 @@ def run_directories(paths: Sequence[Path], progress: Progress | None = None) -> 
     """
     progress, found = progress or Silent(), []
     for path in paths:
-        file = path / "sweep.json"
-        if not file.exists():
+        if not (path / SWEEP_FILE).exists():
             found.append(path)
             continue
-        try:
-            sweep = read_json(file)
-            if sweep["format"] != "kdcache-sweep":
-                raise ValueError(f"its format is {sweep['format']!r}")
-            rows = [(str(r["name"]), str(r["directory"]), str(r["state"])) for r in sweep["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise TrainingError(
-                f"{file} is not the record of a sweep that kdcache {__version__} reads: {exc!r}"
-            ) from exc
+        rows = [(row["name"], row["directory"], _state(path, row)) for row in read_sweep(path)["rows"]]
         left = [f"{name} ({state})" for name, _, state in rows if state != "finished"]
         if left:
             progress.warning(f"of {path} these rows are left out: {', '.join(left)}")
@@ -85,6 +78,64 @@ def run_directories(paths: Sequence[Path], progress: Progress | None = None) -> 
         if len(left) == len(rows):
             raise TrainingError(f"the sweep {path} has no finished row; kdcache sweep goes on with it")
     return list(dict.fromkeys(found))
+
+
+def _state(sweep: Path, row: dict[str, Any]) -> str:
+    """A row's state; that of a finished one whose record is broken by now is said as well."""
+    if row["state"] == "finished":
+        try:
+            load_record(sweep / row["directory"])
+        except BrokenRunError as exc:
+            return f"finished, but {exc}"
+    return str(row["state"])
+
+
+def trained_recipe(record: RunRecord) -> tuple[Recipe, StudentSection]:
+    """The recipe of a finished run, and its student's section.
+
+    Raises:
+        TrainingError: this version does not read it, or it has no student.
+    """
+    try:
+        recipe = parse_recipe(record.values["recipe"])
+    except RecipeError as exc:
+        raise TrainingError(
+            f"{record.output} is a run directory of kdcache {record.values.get('kdcache', 'unknown')}, whose recipe kdcache "
+            f"{__version__} does not read: {exc}; judge it with the version that wrote it, or train it again"
+        ) from exc
+    if recipe.student is None:
+        raise TrainingError(f"{record.output / RECORD_FILE} names no student")
+    return recipe, recipe.student
+
+
+def refuse_missing_student(path: Path, student: StudentSection) -> None:
+    """The saved student of a run, and the model it started from, should be there; nothing is loaded.
+
+    Raises:
+        ModelError: a folder or a file of it is not.
+    """
+    saved = path / "model"
+    if not saved.is_dir():
+        raise ModelError(f"{path} has no saved student (expected the folder {saved}); train it again")
+    if student.lora is not None:
+        needed = ["adapter_config.json", "adapter_model.safetensors"]
+    else:
+        needed = ["config.json", *_weight_files(saved)]
+    lacking = [name for name in needed if not (saved / name).is_file()]
+    if lacking:
+        raise ModelError(f"the saved student {saved} is not whole: it lacks {', '.join(lacking[:3])}; train it again")
+    refuse_missing_folder(student.model)
+
+
+def _weight_files(saved: Path) -> list[str]:
+    """Where a model's weights should lie: in one file, or in those that its index names."""
+    index = saved / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        return sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ModelError(f"{index} is not readable ({exc!r}); train the student again") from exc
 
 
 def open_saved_run(path: Path, *, cache: str | None = None, progress: Progress | None = None) -> SavedRun:
@@ -100,15 +151,8 @@ def open_saved_run(path: Path, *, cache: str | None = None, progress: Progress |
         CacheError: the cache is not there, incomplete, or has no split to score on.
     """
     record = load_record(path)
-    try:
-        recipe = parse_recipe(record.values["recipe"])
-    except RecipeError as exc:
-        raise TrainingError(
-            f"{path} is a run directory of kdcache {record.values.get('kdcache', 'unknown')}, whose recipe kdcache "
-            f"{__version__} does not read: {exc}; evaluate it with the version that wrote it, or train it again"
-        ) from exc
-    if recipe.student is None:
-        raise TrainingError(f"{path / 'run.json'} names no student")
+    digest = record_digest(path)
+    recipe, student = trained_recipe(record)
     place = cache or recipe.cache.directory
     if cache is None and not is_url(place) and not Path(place).is_dir():
         raise CacheError(f"the cache of {path} is not at {place}; say where it lies with --cache DIRECTORY_OR_URL")
@@ -119,7 +163,7 @@ def open_saved_run(path: Path, *, cache: str | None = None, progress: Progress |
             "where that one lies with --cache"
         )
     opened.split(VALIDATION)
-    return SavedRun(path, record, recipe, recipe.student, opened)
+    return SavedRun(path, record, recipe, student, opened, digest)
 
 
 class Students:

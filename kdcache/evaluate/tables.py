@@ -9,15 +9,13 @@ from typing import Any
 from kdcache.cache.files import write_file
 from kdcache.evaluate.evaluation import Evaluation
 from kdcache.evaluate.saved_run import AFTER, BEFORE, TEACHER
-from kdcache.report.markdown import table
+from kdcache.intervals import INTERVAL_NOTE, half_width
+from kdcache.markdown import table
+from kdcache.run_record import EVALUATION_PAGE
 
-PAGE_FILE = "evaluation.md"
 Rows = list[tuple[str, ...]]
 Table = tuple[tuple[str, ...], Rows]
 MODELS = (BEFORE, AFTER, TEACHER)
-# Of a 95 % interval, in standard errors.
-_WIDTH = 1.96
-INTERVAL_NOTE = "±: half the 95 % interval: 1.96 standard errors, or 3 / n where every example counts 0, or 1."
 SCORE_NOTE = (
     "Top-1: how often the student's most probable token is the teacher's; positions without cached "
     "entries are not compared. ±: one standard error, sequences being the clusters."
@@ -93,15 +91,20 @@ def task_table(values: dict[str, Any], names: Sequence[str] | None = None) -> Ta
 def leaderboard(evaluations: Sequence[Evaluation]) -> Table:
     """The students after training of several runs, in a row each, named as far as their paths differ."""
     rows: Rows = []
+    # Cut at different lengths, runs are scored on different tokens.
+    apart = len({e.values["scores"][AFTER]["tokens"] for e in evaluations}) > 1
     folder = os.path.commonpath([evaluation.run.absolute().parent for evaluation in evaluations])
     for evaluation in evaluations:
-        score, kept = evaluation.values["scores"][AFTER], evaluation.values.get("generation", {}).get("retention")
+        score, values = evaluation.values["scores"][AFTER], evaluation.values
+        # Generations kept from another call may have answered other prompts.
+        kept = values["generation"].get("retention") if "generation" in evaluation.measured else None
         rows.append((
             str(evaluation.run.absolute().relative_to(folder)), f"{score['loss']:.4f}", f"{score['perplexity']:.3f}", f"{score['kl_to_teacher']:.4f}",
             _number(score["top_1_agreement"], 3),
+            *((f"{score['tokens']:,}",) if apart else ()),
             "-" if not kept or kept["rouge_l"] is None else f"{kept['rouge_l']:.1f} %",
         ))  # fmt: skip
-    return ("run", "loss", "perplexity", "KL", "top-1", "ROUGE-L kept"), rows
+    return ("run", "loss", "perplexity", "KL", "top-1", *(("tokens",) if apart else ()), "ROUGE-L kept"), rows
 
 
 def sample_lines(values: dict[str, Any]) -> list[str]:
@@ -140,7 +143,7 @@ def write_page(evaluation: Evaluation) -> None:
     if "samples" in values:
         parts += ["## Samples", *("\n".join(_quoted(sample)) for sample in values["samples"])]
     parts.append(f"Cache {values['cache_id'][:12]}, kdcache {values['kdcache']}.")
-    write_file(evaluation.run / PAGE_FILE, ("\n\n".join(p.rstrip("\n") for p in parts) + "\n").encode())
+    write_file(evaluation.run / EVALUATION_PAGE, ("\n\n".join(p.rstrip("\n") for p in parts) + "\n").encode())
 
 
 def _quoted(sample: dict[str, Any]) -> list[str]:
@@ -160,9 +163,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _interval(value: float, error: float | None, examples: int) -> str:
-    half = None if error is None else _WIDTH * error
-    if value in (0.0, 1.0) and examples:
-        half = 3 / examples
+    half = half_width(value, error, examples)
     return f"{value:.3f}" + ("" if half is None else f" ±{half:.3f}")
 
 

@@ -11,15 +11,22 @@ import re
 from decimal import Decimal, InvalidOperation
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
 from kdcache.errors import DataError
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_MARKED = re.compile(r"####\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)")
+# Digits in groups of three, or without groups; a dash after a digit or a bracket is no sign ("10-12").
+_DIGITS = {
+    "en": r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?",
+    # 1.000 is a thousand and 3,5 is three and a half; a point before one, two or four digits can only be a decimal one.
+    "es": r"(?:\d{1,3}(?:\.\d{3})+(?!\d)(?:,\d+)?|\d+(?:[.,]\d+)?)",
+}
+_NUMBER = {language: re.compile(rf"(?:(?<![\d)\]])-)?{digits}") for language, digits in _DIGITS.items()}
+_MARKED = {language: re.compile(rf"####\s*\$?\s*(-?{digits})") for language, digits in _DIGITS.items()}
+_GROUPS_ES = re.compile(r"-?\d{1,3}(?:\.\d{3})+(?:,\d+)?")
 
 
 def local_splits(
@@ -64,20 +71,40 @@ def _rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
         raise DataError(f"{found} should hold JSON Lines: {exc}") from exc
 
 
-def answer_number(text: str) -> Decimal | None:
-    """The number after ``####``, or else the last number of a text; None where it has none."""
-    found = _MARKED.findall(text) or _NUMBER.findall(text)[-1:]
+def answer_number(text: str, language: Literal["en", "es"] = "en") -> Decimal | None:
+    """The number after the last ``####``, or else the last number of a text; None where it has none.
+
+    Args:
+        text: an answer.
+        language: whose separators it is written with: 1,234.5 in English, 1.234,5 in Spanish.
+    """
+    found = _MARKED[language].findall(text) or _NUMBER[language].findall(text)
+    if not found:
+        return None
+    last = found[-1]
+    if language == "en":
+        last = last.replace(",", "")
+    else:
+        last = (last.replace(".", "") if _GROUPS_ES.fullmatch(last) else last).replace(",", ".")
     try:
-        return Decimal(found[0].replace(",", "")) if found else None
+        return Decimal(last)
     except InvalidOperation:
         return None
 
 
 def same_number(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Exact answer of an arithmetic problem: 1 where both texts come to the same number."""
-    reference = doc.get("answer") or str(doc.get("answer_number"))
-    wanted = answer_number(reference)
-    return {"exact_match": float(wanted is not None and answer_number(results[0]) == wanted)}
+    return _same(doc, results, "en")
+
+
+def same_number_es(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """`same_number` of an answer in Spanish; the reference is a JSON number."""
+    return _same(doc, results, "es")
+
+
+def _same(doc: dict[str, Any], results: list[str], language: Literal["en", "es"]) -> dict[str, float]:
+    wanted = answer_number(doc.get("answer") or str(doc.get("answer_number")))
+    return {"exact_match": float(wanted is not None and answer_number(results[0], language) == wanted)}
 
 
 def answer_in_text(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

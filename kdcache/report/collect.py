@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
 
 from kdcache.errors import TrainingError
+from kdcache.recipe_keys import value_at
 from kdcache.report.judged import AFTER, Evaluation, Inference, read_evaluation, read_inference
-from kdcache.run_record import LOG_FILE, RunRecord, load_record, number, read_json, read_log
+from kdcache.run_record import LOG_FILE, RunRecord, load_record, number, read_log
+from kdcache.sweep_record import SWEEP_FILE, State, checked_row, read_sweep_head
 
-State = Literal["waiting", "running", "finished", "failed", "stopped"]
-_STATES: tuple[State, ...] = get_args(State)
-SWEEP_FILE = "sweep.json"
-_MAX_ROWS = 10_000
 _SAME_LOSS = 1e-3
 
 
@@ -103,6 +101,11 @@ def collect(paths: Sequence[Path]) -> Collection:
             raise TrainingError(
                 f"{path} {what}; expected run directories of kdcache train-student or sweep directories of kdcache sweep"
             )
+    if not any((path / file).exists() for path in paths for file in (SWEEP_FILE, *_RUN_FILES)):
+        raise TrainingError(
+            f"{' and '.join(map(str, paths))} {'holds' if len(paths) == 1 else 'hold'} neither a run nor a sweep; expected run "
+            "directories of kdcache train-student or sweep directories of kdcache sweep"
+        )
     found = Collection()
     for path in {path.resolve(): path for path in paths}.values():
         found.rows += _sweep(path, found) if (path / SWEEP_FILE).exists() else [_run(path)]
@@ -116,33 +119,23 @@ def collect(paths: Sequence[Path]) -> Collection:
 def _sweep(path: Path, found: Collection) -> list[Row]:
     """The rows of one sweep; where sweep.json is broken, a failed row of its name and whatever runs lie there."""
     try:
-        values = read_json(path / SWEEP_FILE)
-        if not isinstance(values, dict) or values.get("format") != "kdcache-sweep":
-            raise ValueError("it is not the record of a kdcache sweep")
-        version = values.get("kdcache")
-        lacking = [key for key, kind in (("rows", list), ("recipe", dict)) if not isinstance(values.get(key), kind)]
-        if lacking:
-            raise ValueError(f"written by kdcache {version}, lacks {', '.join(lacking)}")
-        if len(values["rows"]) > _MAX_ROWS:
-            raise ValueError(f"it has more than {_MAX_ROWS:,} rows")
-    except (OSError, ValueError) as exc:
-        broken = Row(path.resolve().name, path, "failed", f"{path / SWEEP_FILE} is not readable: {exc}")
+        head = read_sweep_head(path)
+    except TrainingError as exc:
+        broken = Row(path.resolve().name, path, "failed", str(exc))
         inside = sorted(p for p in path.iterdir() if p.is_dir() and any((p / f).exists() for f in _RUN_FILES))
         return [broken, *(_run(p) for p in inside)]
-    factors = values.get("factors")
-    jobs = values.get("jobs")
     found.sweeps.append(
         Sweep(
-            name=_text(values.get("name"), path.resolve().name),
+            name=head["name"].strip() or path.resolve().name,
             directory=path,
-            recipe=values["recipe"],
-            factors=tuple(f for f in factors if isinstance(f, str)) if isinstance(factors, list) else (),
-            seconds=number(values.get("seconds")),
-            jobs=jobs if isinstance(jobs, int) else None,
-            version=_text(version, "unnamed"),
+            recipe=head["recipe"],
+            factors=tuple(head["factors"]),
+            seconds=head["seconds"] or None,
+            jobs=head["jobs"],
+            version=head["kdcache"],
         )
     )
-    return [_swept(path, len(found.sweeps) - 1, i, row) for i, row in enumerate(values["rows"])]
+    return [_swept(path, len(found.sweeps) - 1, i, row) for i, row in enumerate(head["rows"])]
 
 
 _RUN_FILES = ("run.json", "started.json", LOG_FILE)
@@ -151,19 +144,21 @@ _RUN_FILES = ("run.json", "started.json", LOG_FILE)
 def _swept(path: Path, sweep: int, index: int, values: object) -> Row:
     """One row of a sweep, with its run where there is one."""
     name = f"row {index + 1}"
-    if not isinstance(values, dict):
-        return Row(name, path / name, "failed", f"{SWEEP_FILE} has no mapping for this row", sweep=sweep)
-    name = _text(values.get("name"), name)
-    folder, state, changes = values.get("directory"), values.get("state"), values.get("changes")
-    if not isinstance(folder, str) or not _stays_inside(folder):
-        return Row(name, path / name, "failed", f"its directory {folder!r} does not lie in the sweep's", sweep=sweep)
-    error = values.get("error")
-    row = Row(name, path / folder, sweep=sweep, changes=changes if isinstance(changes, dict) else {})
-    row.reason = error if isinstance(error, str) else None
-    row.state = next((known for known in _STATES if known == state), "failed")
-    if state not in _STATES:
-        row.reason = f"{SWEEP_FILE} gives it the state {state!r}, which this version does not know"
-    row.seconds, row.seconds_of = number(values.get("seconds")), "all sittings"
+    told = values.get("name") if isinstance(values, dict) else None
+    name = told if isinstance(told, str) and told.strip() else name
+    try:
+        known = checked_row(values)
+    except ValueError as exc:
+        # What it says of itself is not to be trusted; where it should lie neither.
+        return Row(
+            name,
+            path / f"row {index + 1}",
+            "failed",
+            f"{SWEEP_FILE} has no row here that can be read: {exc}",
+            sweep=sweep,
+        )
+    row = Row(name, path / known["directory"], known["state"], known["error"], known["changes"], sweep)
+    row.seconds, row.seconds_of = known["seconds"], "all sittings"
     _read_log(row)
     if row.state == "failed":
         row.reason = row.reason or f"{SWEEP_FILE} says failed and gives no reason"
@@ -175,7 +170,7 @@ def _swept(path: Path, sweep: int, index: int, values: object) -> Row:
             row.state, row.reason = "failed", str(exc)
         return row
     _take(row, record)
-    odd = [key for key, value in row.changes.items() if not _agrees(_at(record.values["recipe"], key), value)]
+    odd = [key for key, value in row.changes.items() if not _agrees(value_at(record.values["recipe"], key), value)]
     if odd:
         row.notes.append(f"run.json was trained with another {', '.join(odd)} than {SWEEP_FILE} says")
     return row
@@ -237,29 +232,8 @@ def _name_apart(found: Collection) -> None:
         taken.add(row.name)
 
 
-def _at(values: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
-    found: Any = values
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
-
-
 def _agrees(found: Any, wanted: Any) -> bool:
     """Whether a recipe's value is the one asked for; what a mapping does not name was filled in."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         return all(_agrees(found.get(k), v) for k, v in wanted.items())
     return bool(found == wanted)
-
-
-def _stays_inside(folder: str) -> bool:
-    pure = PurePosixPath(folder)
-    try:
-        os.fsencode(folder)
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in folder and bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts
-
-
-def _text(value: object, otherwise: str) -> str:
-    return value if isinstance(value, str) and value.strip() else otherwise

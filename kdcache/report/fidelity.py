@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.errors import StorageError
-from kdcache.report.markdown import table
+from kdcache.markdown import table
 
 if TYPE_CHECKING:
     from kdcache.evaluate.fidelity_run import FidelityReport

@@ -7,36 +7,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcache.run_record import number, read_json
+from kdcache.intervals import half_width
+from kdcache.run_record import EVALUATION_FILE, INFERENCE_FILE, number, read_json, record_digest
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 MODELS = (BEFORE, AFTER, TEACHER)
-_Z95 = 1.96  # standard errors to either side of a 95 % interval
 _MAX_TASKS, _MAX_SAMPLES = 200, 200
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A value and its standard error, where that is known."""
+    """A value, its standard error and how many examples it was taken over, where that is known."""
 
     value: float
     stderr: float | None
+    examples: int | None = None
 
     @property
     def margin(self) -> float | None:
         """Half the width of the 95 % interval."""
-        return None if self.stderr is None else _Z95 * self.stderr
+        return half_width(self.value, self.stderr, self.examples)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task, or a metric of generations, and what each model reached."""
+    """A task, or a metric of generations, and what each model reached.
+
+    ``chat``: whether the prompts went through the chat template; ``budget``: tokens that a generation might have.
+    """
 
     name: str
     metric: str
     examples: int | None
     shots: int | None
     models: dict[str, Measure]
+    chat: bool = False
+    budget: int | None = None
+
+    @property
+    def asked(self) -> tuple[object, ...]:
+        """What has to be equal for two rows' values to be comparable."""
+        return (self.name, self.metric, self.examples, self.shots, self.chat, self.budget)
+
+    @property
+    def conditions(self) -> str:
+        """How it was asked, in words."""
+        told = [] if self.examples is None else [f"{self.examples:,} examples"]
+        if self.shots is not None:
+            told.append(f"{self.shots} examples shown first" if self.shots else "none shown first")
+        told += ["through the chat template"] if self.chat else []
+        told += [] if self.budget is None else [f"at most {self.budget:,} tokens"]
+        return ", ".join(told)
 
 
 @dataclass(frozen=True)
@@ -73,13 +94,17 @@ class Inference:
 
 def read_evaluation(folder: Path, cache_id: str | None) -> tuple[Evaluation, list[str]]:
     """evaluation.json of a run directory, empty where there is none, and what had to be left out."""
-    values, notes = _read(folder / "evaluation.json", "kdcache-evaluation")
+    values, notes = _read(folder / EVALUATION_FILE, "kdcache-evaluation")
     if values is None:
         return Evaluation(), notes
     if cache_id is not None and values.get("cache_id") not in (None, cache_id):
         return Evaluation(), [
-            f"evaluation.json was measured with the cache {str(values['cache_id'])[:12]}, the run was trained from "
+            f"{EVALUATION_FILE} was measured with the cache {str(values['cache_id'])[:12]}, the run was trained from "
             f"{cache_id[:12]}: left out; evaluate it again"
+        ]
+    if _outdated(values, folder):
+        return Evaluation(), [
+            f"{EVALUATION_FILE} is of an earlier training in this directory: left out; evaluate it again"
         ]
     generation = _mapping(values.get("generation"))
     found = Evaluation(
@@ -98,9 +123,13 @@ def read_evaluation(folder: Path, cache_id: str | None) -> tuple[Evaluation, lis
 
 def read_inference(folder: Path) -> tuple[Inference, list[str]]:
     """inference.json of a run directory, empty where there is none, and what had to be left out."""
-    values, notes = _read(folder / "inference.json", "kdcache-inference")
+    values, notes = _read(folder / INFERENCE_FILE, "kdcache-inference")
     if values is None:
         return Inference(), notes
+    if _outdated(values, folder):
+        return Inference(), [
+            f"{INFERENCE_FILE} is of an earlier training in this directory: left out; measure it again"
+        ]
     rows = [row for row in _items(values.get("rows")) if isinstance(row, dict) and isinstance(row.get("model"), str)]
     counts = (
         ("prompt_tokens", "{:,} prompt tokens"),
@@ -123,35 +152,44 @@ def _read(path: Path, form: str) -> tuple[dict[str, Any] | None, list[str]]:
     return values, []
 
 
+def _outdated(values: dict[str, Any], folder: Path) -> bool:
+    """Whether it names another training than the run's; earlier versions named none."""
+    of = values.get("run_sha256")
+    return of is not None and of != record_digest(folder)
+
+
 def _generation(values: dict[str, Any]) -> Iterator[Task]:
     models = _mapping(values.get("models"))
     for metric in ("rouge_l", "exact_match"):
-        measures = _measures(models, metric, f"{metric}_stderr")
+        examples = _count(values.get("examples"))
+        measures = _measures(models, metric, f"{metric}_stderr", examples)
         if measures:
-            yield Task("generation", metric, _count(values.get("examples")), None, measures)
+            yield Task("generation", metric, examples, None, measures, budget=_count(values.get("max_new_tokens")))
 
 
 def _tasks(values: dict[str, Any]) -> Iterator[Task]:
     for name, task in list(values.items())[:_MAX_TASKS]:
         task = _mapping(task)
-        measures = _measures(_mapping(task.get("models")), "value", "stderr")
+        examples = _count(task.get("examples"))
+        measures = _measures(_mapping(task.get("models")), "value", "stderr", examples)
         if measures:
             yield Task(
                 str(name),
                 str(task.get("metric", "")),
-                _count(task.get("examples")),
+                examples,
                 _count(task.get("shots")),
                 measures,
+                chat=task.get("chat_template") is True,
             )
 
 
-def _measures(models: dict[str, Any], value: str, stderr: str) -> dict[str, Measure]:
+def _measures(models: dict[str, Any], value: str, stderr: str, examples: int | None) -> dict[str, Measure]:
     found = {}
     for model in MODELS:
         figures = _mapping(models.get(model))
         n = number(figures.get(value))
         if n is not None:
-            found[model] = Measure(n, number(figures.get(stderr)))
+            found[model] = Measure(n, number(figures.get(stderr)), examples)
     return found
 
 

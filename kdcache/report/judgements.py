@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from kdcache.intervals import INTERVAL_NOTE
 from kdcache.report.blocks import Answers, Block, Cell, Column, Folded, Line, Table, Text
 from kdcache.report.collect import Collection, Row
 from kdcache.report.judged import AFTER, BEFORE, MODELS, TEACHER, Task
-from kdcache.report.leaderboard import figure_text, measure_text, rank
+from kdcache.report.leaderboard import METRICS, figure_text, measure_text, rank
 from kdcache.report.spent import size
 from kdcache.run_record import number
 
 _OPEN_SAMPLES = 3
-_METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 
 
 def tasks(found: Collection) -> tuple[Block, ...]:
@@ -18,17 +18,16 @@ def tasks(found: Collection) -> tuple[Block, ...]:
     groups: dict[str, list[tuple[Row, Task]]] = {}
     for row in sorted(found.finished, key=rank):
         for task in (*row.evaluation.generation, *row.evaluation.tasks):
+            # Only what was asked in the same way stands in one table.
             groups.setdefault(_title(task), []).append((row, task))
     tables = [_task(title, rows) for title, rows in groups.items()]
     if not tables:
         return ()
-    return (Text("Values with their 95 % interval, 1.96 standard errors to either side.", "note"), *tables)
+    return (Text(INTERVAL_NOTE, "note"), *tables)
 
 
 def _title(task: Task) -> str:
-    shots = "" if task.shots is None else f", {task.shots} examples shown first" if task.shots else ", none shown first"
-    examples = "" if task.examples is None else f", {task.examples:,} examples"
-    return f"{task.name}: {_METRICS.get(task.metric, task.metric)}{examples}{shots}"
+    return ", ".join(filter(None, (f"{task.name}: {METRICS.get(task.metric, task.metric)}", task.conditions)))
 
 
 def _task(title: str, rows: list[tuple[Row, Task]]) -> Table:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from kdcache.recipe_keys import value_at
 from kdcache.report.blocks import Cell, Column, Line, Table
 from kdcache.report.collect import Collection, Row
 from kdcache.report.comparable import Comparison, Reference
 from kdcache.report.judged import AFTER, TEACHER, Measure, Task
-from kdcache.report.recipes import Base, value_at, value_text, varied
+from kdcache.report.recipes import Base, value_text, varied
 from kdcache.run_record import number
 
+METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 Figure = Callable[[Row, str], float | int | None]
 
 
@@ -74,9 +76,6 @@ def _scores(found: Collection) -> list[_Score]:
     def of(key: str) -> Figure:
         return lambda row, model: row.score(model, key)
 
-    def retained(row: Row, model: str) -> float | None:
-        return row.evaluation.retention.get("rouge_l") if model == AFTER else None
-
     temperatures = {t for row in found.finished if (t := row.score(AFTER, "kl_temperature")) is not None}
     at = f", T = {next(iter(temperatures)):g}" if len(temperatures) == 1 and temperatures != {1} else ""
     scores = [
@@ -89,12 +88,8 @@ def _scores(found: Collection) -> list[_Score]:
             Column("top-1", title="Share of positions where student and teacher have the same likeliest token"),
             lambda row, model: row.evaluation.score(model, "top_1_agreement"),
         ),
-        _Score(Column("ROUGE-L", title="Of generations against the references"), _generated("rouge_l")),
-        _Score(Column("exact match", title="Of generations against the references"), _generated("exact_match")),
-        _Score(Column("retention %", title="ROUGE-L of the student, in % of the teacher's"), retained, ".1f"),
+        *_judged(found),
     ]
-    names = {task.name: task for row in found.finished for task in row.evaluation.tasks}
-    scores += [_Score(Column(name, title=task.metric), _task(name)) for name, task in names.items()]
     return [
         *scores,
         _Score(Column("steps"), lambda row, _: _told(row, "steps"), ",.0f", of_row=True),
@@ -146,19 +141,54 @@ def _changes(row: Row, base: Base) -> dict[str, str]:
     return {key: value_text(value_at(row.recipe or {}, key)) for key in varied(base)}
 
 
-def _generated(metric: str) -> Figure:
-    return lambda row, model: _value(row.evaluation.generation, model, metric=metric)
+def _judged(found: Collection) -> Iterator[_Score]:
+    """A column for everything that was asked; what was asked in two ways has two, which say how they differ."""
+    generations = _asked([task for row in found.finished for task in row.evaluation.generation])
+    tasks = _asked([task for row in found.finished for task in row.evaluation.tasks])
+    for task, apart in sorted(generations, key=lambda pair: list(METRICS).index(pair[0].metric)):
+        label = METRICS[task.metric] + apart
+        yield _Score(Column(label, title=f"Of generations against the references, {task.conditions}"), _value_of(task))
+    for task, apart in generations:
+        if task.metric == "rouge_l":
+            title = f"ROUGE-L of the student, in % of the teacher's, {task.conditions}"
+            yield _Score(Column(f"retention %{apart}", title=title), _retained_of(task), ".1f")
+    for task, apart in tasks:
+        yield _Score(Column(task.name + apart, title=f"{task.metric}, {task.conditions}"), _value_of(task))
 
 
-def _task(name: str) -> Figure:
-    return lambda row, model: _value(row.evaluation.tasks, model, name=name)
+def _asked(tasks: list[Task]) -> list[tuple[Task, str]]:
+    """One of each that was asked in the same way, and what tells it from those of its name and metric."""
+    kinds = {task.asked: task for task in tasks}
+    told = []
+    for task in kinds.values():
+        others = [other for other in kinds.values() if other.name == task.name]
+        # Generations have a column for each metric anyhow; of a task the metric may be what differs.
+        others = [other for other in others if other.name != "generation" or other.metric == task.metric]
+        differs = {
+            "metric": task.metric, "examples": f"n = {task.examples}", "shots": f"{task.shots}-shot",
+            "chat": "chat" if task.chat else "no chat", "budget": f"{task.budget} tokens",
+        }  # fmt: skip
+        apart = [text for key, text in differs.items() if len({getattr(other, key) for other in others}) > 1]
+        told.append((task, f" ({', '.join(apart)})" if apart else ""))
+    return told
 
 
-def _value(tasks: tuple[Task, ...], model: str, *, name: str | None = None, metric: str | None = None) -> float | None:
-    for task in tasks:
-        if name in (None, task.name) and metric in (None, task.metric) and model in task.models:
-            return task.models[model].value
-    return None
+def _value_of(wanted: Task) -> Figure:
+    def figure(row: Row, model: str) -> float | None:
+        for task in (*row.evaluation.generation, *row.evaluation.tasks):
+            if task.asked == wanted.asked and model in task.models:
+                return task.models[model].value
+        return None
+
+    return figure
+
+
+def _retained_of(wanted: Task) -> Figure:
+    def figure(row: Row, model: str) -> float | None:
+        same = any(task.asked == wanted.asked for task in row.evaluation.generation)
+        return row.evaluation.retention.get("rouge_l") if same and model == AFTER else None
+
+    return figure
 
 
 def _told(row: Row, key: str) -> float | int | None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from kdcache.markdown import escaped
 
 if TYPE_CHECKING:
     from kdcache.report.blocks import Answers, Block, Document, Figure, Table
 
-# What means something anywhere in a line (an underscore not inside a word), and what only at its start.
-_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")
+# What means something at the start of a line alone.
 _AT_START = re.compile(r"^([-+#=]|\d+(?=[.)]))")
 _LONGEST_ALT = 600
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain cells, the first column to the left and the others to the right."""
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def markdown(document: Document) -> str:
@@ -29,15 +24,6 @@ def markdown(document: Document) -> str:
         for block in section.blocks:
             parts += _block(block, 3)
     return "\n\n".join(parts) + "\n"
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    from kdcache.inspection import harmless
-
-    line = " ".join(harmless(text).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", line)
 
 
 def _paragraph(text: str) -> str:

@@ -26,6 +26,8 @@ _MOST_PANELS = 60
 _HIGHLIGHTED = 5
 _LARGEST = 1e100  # what lies beyond no axis shows
 _WIDE_RANGE = 20.0
+# Numbers that are drawn as places on an axis and not where they lie.
+_MOST_CATEGORIES = 6
 
 
 def bars(rows: Sequence[Row], comparison: Comparison) -> Figure:
@@ -91,11 +93,15 @@ def effect_figure(found: Sequence[Effect]) -> Figure | None:
         return None
     panels = []
     for effect in found:
-        told = "; ".join(
-            f"{level.value}: mean {figure_text(level.mean)} of {len(level.points)}" for level in effect.levels
-        )
+        if effect.alone:
+            told = "; ".join(
+                f"{level.value}: mean {figure_text(level.mean)} of {len(level.points)}" for level in effect.levels
+            )
+        else:
+            points = [p for level in effect.levels for _, p in level.points]
+            told = f"{len(points)} rows from {figure_text(min(points))} to {figure_text(max(points))}"
         panels.append(Panel(effect.title, f"Perplexity by {effect.title}: {told}.", _Effect(effect), 3.6, 2.6))
-    caption = "Perplexity by each factor: a point for every row, the line through the means; the other factors vary."
+    caption = "Perplexity by each factor: a point for every row, and a line through the means where rows differ in nothing else."
     return Figure("effects", caption, tuple(panels), ((SERIES[0], "rows"), (SERIES[1], "mean")))
 
 
@@ -168,23 +174,39 @@ class _Curves:
 class _Effect:
     def __init__(self, effect: Effect) -> None:
         self._levels = effect.levels
+        self._alone = effect.alone
 
     def __call__(self, axes: Axes) -> None:
+        numbers = [level.number for level in self._levels if level.number is not None]
+        if not self._alone and len(numbers) == len(self._levels) > _MOST_CATEGORIES:
+            self._scatter(axes, numbers)
+        else:
+            self._categories(axes)
+        drawn = [p for level in self._levels for _, p in level.points if _drawable(p) and p > 0]
+        if drawn and max(drawn) > _WIDE_RANGE * min(drawn):
+            axes.set_yscale("log")
+
+    def _scatter(self, axes: Axes, numbers: list[float]) -> None:
+        """Values of a search, where they lie."""
+        for number, level in zip(numbers, self._levels, strict=True):
+            points = [p for _, p in level.points if _drawable(p)]
+            axes.plot([number] * len(points), points, "o", color=SERIES[0], alpha=0.6, markersize=5)
+        if min(numbers) > 0 and max(numbers) > _WIDE_RANGE * min(numbers):
+            axes.set_xscale("log")
+
+    def _categories(self, axes: Axes) -> None:
         means = [level.mean for level in self._levels]
         for place, level in enumerate(self._levels):
             points = [p for _, p in level.points if _drawable(p)]
             axes.plot([place] * len(points), points, "o", color=SERIES[0], alpha=0.6, markersize=5)
-        places = [i for i, mean in enumerate(means) if _drawable(mean)]
+        places = [i for i, mean in enumerate(means) if _drawable(mean) and self._alone]
         axes.plot(
             places, [means[i] for i in places], "_-", color=SERIES[1], markersize=16, markeredgewidth=2, linewidth=1
         )
         axes.set_xticks(range(len(means)), [short(level.value, 14) for level in self._levels])
-        if len(means) > 6:
+        if len(means) > _MOST_CATEGORIES:
             axes.tick_params(axis="x", labelrotation=45)
         axes.set_xlim(-0.5, len(means) - 0.5)
-        drawn = [p for level in self._levels for _, p in level.points if _drawable(p) and p > 0]
-        if drawn and max(drawn) > _WIDE_RANGE * min(drawn):
-            axes.set_yscale("log")
 
 
 _COLORS = {"total loss": FAINT, **{label: SERIES[1] if key == "ce" else SERIES[0] for key, label, _ in TRACES}}

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from kdcache.errors import RecipeError
+from kdcache.recipe_keys import value_at
 from kdcache.report.collect import Collection, Row
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./\[\]%:+-]*")
@@ -25,12 +27,19 @@ class Base:
     file: str
     recipe: dict[str, Any]
     rows: tuple[Row, ...]
+    note: str = ""
 
     def changed(self, row: Row) -> dict[str, tuple[Any, Any]]:
         """Dotted key -> (base value, row's value), the output directory left out."""
-        if row.recipe is None:
-            return {key: (value_at(self.recipe, key), value) for key, value in row.changes.items()}
-        return {key: pair for key, pair in differences(self.recipe, row.recipe).items() if key != "output"}
+        base, own = self.recipe, row.recipe
+        if own is None:
+            return {key: (value_at(base, key), value) for key, value in row.changes.items()}
+        if not _selection_holds(row):
+            own = {key: value for key, value in own.items() if key != "selection"}
+        # A sweep writes what its recipe says, a run all that it leaves out besides: both with their defaults.
+        whole, other = _completed(base), _completed(own)
+        found = differences(base, own) if whole is None or other is None else differences(whole, other)
+        return {key: pair for key, pair in found.items() if key != "output"}
 
     def command(self, row: Row, folder: str) -> str:
         """The command that trains this row again, beside its first run; ``folder`` is where the base's file lies."""
@@ -57,10 +66,44 @@ def bases(found: Collection) -> list[Base]:
     if alone:
         groups.append((alone[0].name, alone[0].recipe or {}, alone))
     single = len(groups) == 1
-    return [
-        Base(name, "recipe.yaml" if single else f"recipe-{i}.yaml", recipe, tuple(rows))
-        for i, (name, recipe, rows) in enumerate(groups, 1)
-    ]
+    found_bases = []
+    for i, (name, recipe, rows) in enumerate(groups, 1):
+        note = ""
+        if "selection" in recipe and not all(_agrees_with_cache(recipe["selection"], row) for row in rows):
+            recipe = {key: value for key, value in recipe.items() if key != "selection"}
+            note = "Its selection is left out: the cache holds another one, and these are defaults of a recipe that named none."
+        found_bases.append(Base(name, "recipe.yaml" if single else f"recipe-{i}.yaml", recipe, tuple(rows), note))
+    return found_bases
+
+
+def _selection_holds(row: Row) -> bool:
+    return row.recipe is None or _agrees_with_cache(row.recipe.get("selection"), row)
+
+
+def _agrees_with_cache(selection: Any, row: Row) -> bool:
+    """Whether the cache that a row was trained from holds what a recipe's section asks for, as far as run.json tells.
+
+    A recipe that names no selection takes any cache, and is recorded with the defaults: claims that it never made, with
+    which it would be refused.
+    """
+    held = None if row.record is None else row.record.values.get("selection")
+    if not isinstance(selection, dict) or not isinstance(held, dict):
+        return True
+    # Floors are given, or found from the bytes: the plan says which.
+    given = selection.get("floors") is not None
+    threshold = str(selection.get("method", "threshold_sampling")).startswith("threshold")
+    passed_over = {"bytes_per_position"} if given else {"floors"} if threshold else {"floors", "bytes_per_position"}
+    return all(held[key] == value for key, value in selection.items() if key in held and key not in passed_over)
+
+
+def _completed(recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """A recipe with the defaults of what it leaves out; None where this version does not read it."""
+    from kdcache.recipe import parse_recipe
+
+    try:
+        return parse_recipe(recipe).model_dump(mode="json")
+    except RecipeError:
+        return None
 
 
 def differences(base: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -84,14 +127,6 @@ def varied(base: Base) -> list[str]:
     for row in base.rows:
         keys |= dict.fromkeys(base.changed(row))
     return [key for key in keys if key not in _PLACES and key.partition(".")[0] != "embedded"]
-
-
-def value_at(values: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
-    found: Any = values
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
 
 
 def value_text(value: Any) -> str:

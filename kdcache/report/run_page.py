@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import StorageError
-from kdcache.report.markdown import table
+from kdcache.errors import StorageError, TrainingError
+from kdcache.markdown import table
+from kdcache.run_record import number
 
 if TYPE_CHECKING:
     from kdcache.run_record import RunRecord
@@ -35,9 +36,10 @@ def result_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     ]
 
 
-def _told(score: dict[str, float], key: str, form: str) -> str:
+def _told(values: dict[str, Any], key: str, form: str) -> str:
     """A figure that a record of another version may lack."""
-    return format(score[key], form) if key in score else "-"
+    found = number(values.get(key))
+    return "-" if found is None else format(found, form)
 
 
 def result_columns(scores: dict[str, dict[str, float]]) -> tuple[str, ...]:
@@ -55,12 +57,13 @@ def kl_note(scores: dict[str, dict[str, float]]) -> str:
 
 def result_markdown(record: RunRecord) -> str:
     """The result table as Markdown, with what it was measured on."""
+    resumed = record.values.get("resumed_at")
     lines = [
         table(result_columns(record.scores), result_rows(record.scores)),
         "Loss in nats per token, summed over the response tokens of the cache's validation split; the teacher's row comes",
         f"from the cache alone. {kl_note(record.scores)}",
-        f"Cache {record.values['cache_id'][:12]}, {record.values['steps']} steps, {record.values['seconds']:.0f} s"
-        + (f" since step {record.values['resumed_at']}." if record.values["resumed_at"] else "."),
+        f"Cache {record.values['cache_id'][:12]}, {record.values.get('steps', 'unknown')} steps, "
+        f"{_told(record.values, 'seconds', '.0f')} s" + (f" since step {resumed}." if resumed else "."),
     ]
     return "\n".join(lines) + "\n"
 
@@ -126,6 +129,7 @@ def write_pages(record: RunRecord) -> list[Path]:
 
     Raises:
         StorageError: they cannot be written.
+        TrainingError: log.csv is not the table that training logs; table.md is written all the same.
     """
     from kdcache.run_record import LOG_FILE, PLOT_FILE, TABLE_FILE, read_log
 
@@ -137,4 +141,6 @@ def write_pages(record: RunRecord) -> list[Path]:
             loss_plot(log, plot, title=f"{record.output.name}: training loss")
     except OSError as exc:
         raise StorageError(f"cannot write the pages of {record.output}: {exc.strerror or exc}") from exc
+    except (ValueError, KeyError) as exc:
+        raise TrainingError(f"{path} is damaged, so that {PLOT_FILE} cannot be drawn: {exc}") from exc
     return [page, *([plot] if log else [])]

@@ -75,6 +75,7 @@ def _effects(judged: list[Effect]) -> tuple[Block, ...]:
             Cell(str(len(level.points)), len(level.points)),
         ))
         for effect in judged
+        if effect.alone
         for level in effect.levels
     ]  # fmt: skip
     columns: tuple[Column, ...] = (
@@ -83,7 +84,7 @@ def _effects(judged: list[Effect]) -> tuple[Block, ...]:
         Column("mean perplexity"),
     )
     columns += (Column("best"), Column("rows"))
-    return (figure, Table("Mean perplexity by value", columns, tuple(lines)))
+    return (figure, Table("Mean perplexity by value", columns, tuple(lines))) if lines else (figure,)
 
 
 def _recipes(base: Base, folder: str, *, many: bool) -> tuple[Block, ...]:
@@ -93,7 +94,7 @@ def _recipes(base: Base, folder: str, *, many: bool) -> tuple[Block, ...]:
     told = (
         f"The commands below start from {folder}/{base.file}, the {'recipe' if alone else 'base recipe'} {whose}. Its paths are "
         "relative to the directory in which the command is run."
-    )
+    ) + (f" {base.note}" if base.note else "")
     blocks: list[Block] = [Text(told), Folded(f"{base.file} ({whose})" if many else base.file, (Code(base.yaml()),))]
     for row in base.rows:
         changed = base.changed(row)

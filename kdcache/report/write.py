@@ -56,7 +56,8 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Written:
 
 def _title(found: Collection, paths: Sequence[Path]) -> str:
     if len(found.sweeps) == 1 and len(paths) == 1:
-        return f"Sweep {found.sweeps[0].name}"
+        name = found.sweeps[0].name
+        return "Sweep" if name == "sweep" else f"Sweep {name}"
     if len(paths) == 1:
         return f"Run {found.rows[0].name}"
     return f"{len(found.rows)} students"

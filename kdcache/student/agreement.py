@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache.reader import Cache
-from kdcache.errors import CacheError, PlanMismatchError
+from kdcache.errors import CacheError, PlanMismatchError, TrainingError
 from kdcache.models import effective_dtype
 from kdcache.recipe import Recipe
 from kdcache.recipe_training import Scheduled, span_of
@@ -108,6 +109,25 @@ def refuse_low_temperature(temperature: Scheduled, cache: Cache) -> None:
             f"loss.temperature {lowest:g} is below the cache's smallest declared temperature "
             f"{min(cache.temperatures):g}; raise it, or make a cache whose selection.temperatures include it"
         )
+
+
+def refuse_cut_away(recipe: Recipe, cache: Cache) -> None:
+    """A training that cuts sequences should leave targets to learn from and to score on; the first one is looked for.
+
+    Raises:
+        TrainingError: a split has none within ``training.max_length`` tokens.
+        CorruptCacheError: a shard on the way is damaged.
+    """
+    length = recipe.training.max_length
+    if length is None:
+        return
+    for name, share in ((VALIDATION, 1.0), (TRAIN, recipe.training.fraction)):
+        split = cache.split(name)
+        if not any(s.targets[:length].any() for s in islice(split, max(1, round(len(split) * share)))):
+            raise TrainingError(
+                f"no sequence of split {name} has a target within its first {length} tokens; raise training.max_length"
+                + ("" if share == 1 else ", or training.fraction")
+            )
 
 
 def last_name(path: str) -> str:

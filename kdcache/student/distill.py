@@ -19,7 +19,7 @@ from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection
-from kdcache.student.agreement import VALIDATION, refuse_unfit
+from kdcache.student.agreement import VALIDATION, refuse_cut_away, refuse_unfit
 from kdcache.student.arguments import training_arguments
 from kdcache.student.assembly import (
     make_trainer,
@@ -31,6 +31,7 @@ from kdcache.student.assembly import (
 )
 from kdcache.student.kept import Kept, end_readers, untrained_key
 from kdcache.student.packing import refuse_leaks
+from kdcache.student.parameters import refuse_other_targets
 from kdcache.student.processes import is_sharded, once, turns
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
 from kdcache.student.recovery import train_to_end, translated
@@ -87,7 +88,14 @@ def check_student(
     """
     run = RunDirectory(Path(recipe.output))
     ready = _make_ready(recipe, run, kept, progress or Silent(), resume=True, overwrite=overwrite)
-    return ready if isinstance(ready, RunRecord) else None
+    if isinstance(ready, RunRecord):
+        return ready
+    if ready.student.lora is not None:
+        # Otherwise found by peft, with the model in memory and other students of a sweep trained before.
+        lora = ready.student.lora
+        targets = ("targets", ready.student.model, ready.student.revision, str(lora.targets))
+        kept.check(targets, lambda: refuse_other_targets(ready.student))
+    return None
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,9 @@ def _make_ready(
     cache = fitting_cache(recipe, progress, kept)
     world = arguments.world_size
     finished = once(arguments, lambda: run.prepare(recipe, cache.id, resume=resume, overwrite=overwrite, world=world))
+    if finished is None:
+        cut = ("cut", cache.id, training.max_length, training.fraction)
+        kept.check(cut, lambda: refuse_cut_away(recipe, cache))
     return finished or _Ready(student, arguments, cache, kept.tokenizer(student, cache))
 
 

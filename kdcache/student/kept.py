@@ -38,6 +38,7 @@ class Kept:
         self._scores: dict[tuple[Any, ...], Score] = {}
         self._tokenizers: dict[tuple[str, str | None], PreTrainedTokenizerBase] = {}
         self._agreed: set[tuple[str, str, str | None]] = set()
+        self._passed: set[tuple[Any, ...]] = set()
 
     def cache(self, recipe: Recipe, progress: Progress) -> Cache:
         """The recipe's cache, with the shards that are verified already.
@@ -66,6 +67,16 @@ class Kept:
             refuse_other_tokens(token_map(self._tokenizers[key]), cache.vocabulary(), student.model)
             self._agreed.add((cache.id, *key))
         return self._tokenizers[key]
+
+    def check(self, key: tuple[Any, ...], refuse: Callable[[], None]) -> None:
+        """Run a check once, under a key that says all it depends on.
+
+        Raises:
+            KdcacheError: what the check raises.
+        """
+        if key not in self._passed:
+            refuse()
+            self._passed.add(key)
 
     def take_base(self, student: StudentSection) -> PreTrainedModel:
         """The student without its adapter: the one that was put back, or loaded. Until it is put back it is the caller's,

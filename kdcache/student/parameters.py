@@ -106,6 +106,17 @@ def outline(config: PreTrainedConfig, student: StudentSection) -> PreTrainedMode
     return model
 
 
+def refuse_other_targets(student: StudentSection) -> None:
+    """Whether LoRA finds the modules it is to be attached to, seen from the model's configuration.
+
+    Raises:
+        ModelError: a target fits no module, or the model cannot be built from its configuration.
+    """
+    if student.lora is not None and student.lora.targets != "all-linear":
+        base = outline(read_config(student), student)
+        with_adapter(base, student.model_copy(update={"quantization": "none"}))
+
+
 def count_parameters(base: PreTrainedModel, student: StudentSection, optimizer: str) -> Parameters:
     """Count what `outline` made; LoRA is attached to it.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from kdcache import __version__
 from kdcache.cache.files import write_file
@@ -21,8 +22,20 @@ from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
+from kdcache.recipe_keys import recipe_keys
 from kdcache.recipe_training import describe
-from kdcache.run_record import LOG_FILE, PLOT_FILE, RECORD_FILE, TABLE_FILE, RunRecord, flat_keys, load_record
+from kdcache.run_record import (
+    EVALUATION_FILE,
+    EVALUATION_PAGE,
+    INFERENCE_FILE,
+    LOG_FILE,
+    PLOT_FILE,
+    RECORD_FILE,
+    TABLE_FILE,
+    RunRecord,
+    flat_keys,
+    load_record,
+)
 from kdcache.student.checkpoints import checkpoints, problem_of
 
 if TYPE_CHECKING:
@@ -107,7 +120,9 @@ class RunDirectory:
             if self._overwrite:
                 for path in (self.model, self.checkpoints):
                     shutil.rmtree(path, ignore_errors=True)
-                for path in (self.log, self._record, self.table, self.plot, self._started):
+                # What was measured of the student goes with it.
+                judged = (self.path / name for name in (EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE))
+                for path in (self.log, self._record, self.table, self.plot, *judged, self._started):
                     path.unlink(missing_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
@@ -149,7 +164,7 @@ class RunDirectory:
     def _refuse_other_run(self, identity: dict[str, Any]) -> None:
         try:
             earlier = json.loads(self._started.read_text())
-            then = {**earlier["recipe"], "cache id": earlier["cache_id"]}
+            then = {**_completed(earlier["recipe"]), "cache id": earlier["cache_id"]}
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise TrainingError(f"{self._started} is not readable; start over by --overwrite") from exc
         now = {**identity["recipe"], "cache id": identity["cache_id"]}
@@ -233,6 +248,19 @@ def hardware() -> dict[str, Any]:
     else:
         device = {"name": "cpu", "capability": torch.backends.cpu.get_cpu_capability()}
     return {"device": device, "cpus": os.cpu_count(), "system": platform.system(), "machine": platform.machine()}
+
+
+def _completed(keys: dict[str, Any]) -> dict[str, Any]:
+    """Flat keys of a recipe, with the defaults of those that came after it was written."""
+    found = dict(keys)
+    for key, (default, _) in recipe_keys(Recipe).items():
+        parts = key.split(".")
+        above = {".".join(parts[: i + 1]) for i in range(len(parts) - 1)}
+        # A section that was null has no keys; a key with others below it has a value already.
+        known = key in keys or above & keys.keys() or any(k.startswith(f"{key}.") for k in keys)
+        if default is not ... and not known:
+            found |= flat_keys({key: to_jsonable_python(default)})
+    return found
 
 
 def _identity(recipe: Recipe, cache_id: str, world: int) -> dict[str, Any]:

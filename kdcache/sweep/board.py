@@ -18,13 +18,13 @@ from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.errors import StorageError, TrainingError
 from kdcache.recipe import Recipe
-from kdcache.sweep.rows import Row, factors
+from kdcache.sweep.rows import Row, base_values, factors
+from kdcache.sweep_record import SWEEP_FILE, SWEEP_FORMAT, read_sweep
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
-_FORMAT = "kdcache-sweep"
-_RECORD, _LOCK = "sweep.json", ".lock"
+_LOCK = ".lock"
 _PERPLEXITY = re.compile(r"perplexity ([0-9.]+[0-9])")
-_OURS = {_RECORD, _LOCK, "leaderboard.md", "search.log", "errors.log"}
+_OURS = {SWEEP_FILE, _LOCK, "leaderboard.md", "search.log", "errors.log"}
 
 
 @dataclass
@@ -123,10 +123,11 @@ class Board:
             StorageError: it cannot be written.
         """
         values = {
-            "format": _FORMAT,
+            "format": SWEEP_FORMAT,
             "kdcache": __version__,
             "name": self.path.absolute().name,
-            "recipe": self.recipe.model_dump(mode="json", exclude={"sweep"}),
+            # What it leaves out stays out: a default that is written down would be a claim on the cache.
+            "recipe": base_values(self.recipe),
             "factors": factors([state.row for state in self.rows]),
             "rows": [
                 {
@@ -142,7 +143,7 @@ class Board:
             "seconds": round(self.seconds, 1),
             "jobs": self.jobs,
         }
-        write_file(self.path / _RECORD, json.dumps(values, indent=1).encode() + b"\n")
+        write_file(self.path / SWEEP_FILE, json.dumps(values, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class SweepDirectory:
 
     def __enter__(self) -> SweepDirectory:
         found = sorted(p.name for p in self.path.iterdir() if p.name != _LOCK) if self.path.is_dir() else []
-        if found and not (self.path / _RECORD).exists():
+        if found and not (self.path / SWEEP_FILE).exists():
             raise TrainingError(
                 f"{self.path} holds something that is no sweep ({', '.join(found[:4])}); give the recipe key output another "
                 "directory"
@@ -211,37 +212,21 @@ class SweepDirectory:
             raise StorageError(f"cannot remove the earlier sweep in {self.path}: {exc.strerror}") from exc
 
     def note_failure(self, row: str, text: str) -> None:
-        """Keep the traceback of an error that is none of ours in errors.log."""
-        with (self.path / "errors.log").open("a") as f:
-            f.write(f"row {row}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}\n")
+        """Keep the traceback of an error that is none of ours in errors.log.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            with (self.path / "errors.log").open("a") as f:
+                f.write(f"row {row}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}\n")
+        except OSError as exc:
+            raise StorageError(f"cannot write {self.path / 'errors.log'}: {exc.strerror}") from exc
 
 
 def read_earlier(path: Path) -> Earlier:
     """`SweepDirectory.earlier`, without holding the directory."""
-    record = path / _RECORD
-    if not record.exists():
+    if not (path / SWEEP_FILE).exists():
         return Earlier([], 0.0)
-    try:
-        values = json.loads(record.read_text())
-        if values["format"] != _FORMAT:
-            raise ValueError(f"its format is {values['format']!r}")
-        rows = [
-            {
-                "name": str(row["name"]),
-                "changes": dict(row["changes"]),
-                "directory": str(row["directory"]),
-                "state": str(row["state"]),
-                "error": row["error"],
-                "seconds": float(row["seconds"]),
-            }
-            for row in values["rows"]
-        ]
-        for row in rows:
-            if Path(row["directory"]).name != row["directory"]:
-                raise ValueError(f"the directory {row['directory']!r} of row {row['name']} lies outside")
-        return Earlier(rows, float(values["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise TrainingError(
-            f"{record} is not the record of a sweep that kdcache {__version__} reads: {exc}; give the recipe key output another "
-            "directory"
-        ) from exc
+    values = read_sweep(path)
+    return Earlier(values["rows"], values["seconds"])

@@ -12,12 +12,14 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.errors import RecipeError
 from kdcache.recipe import Recipe, parse_recipe
+from kdcache.recipe_keys import recipe_keys, value_at
 from kdcache.recipe_yaml import assign
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._=,+-]*")
@@ -100,14 +102,6 @@ def base_values(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def value_at(dumped: dict[str, Any], key: str) -> Any:
-    """The value of a key path in nested mappings, None where a section is absent."""
-    value: Any = dumped
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
 def is_trial(name: str) -> bool:
     """Whether a row has the name of a search's trial."""
     return _TRIAL.fullmatch(name) is not None
@@ -118,8 +112,12 @@ def factors(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row.changes))
 
 
-def refuse_same(rows: list[Row]) -> None:
+def refuse_same(rows: list[Row], repeats: Collection[str] = ()) -> None:
     """Rows should differ, in what they train and in where they lie.
+
+    Args:
+        rows: all of a sweep.
+        repeats: names of rows that may train what another does: a search over few values comes back to some of them.
 
     Raises:
         RecipeError: two are the same experiment, or would share a directory; both are named.
@@ -128,13 +126,15 @@ def refuse_same(rows: list[Row]) -> None:
     places: dict[str, str] = {}
     for row in rows:
         content = json.dumps(row.recipe.model_dump(mode="json", exclude={"output"}), sort_keys=True)
-        if content in seen:
+        if content in seen and row.name not in repeats:
             raise RecipeError(f"the rows {seen[content]} and {row.name} are the same experiment; leave one of them out")
         # Some file systems do not tell capitals apart.
         place = row.directory.lower()
         if place in places:
             raise RecipeError(f"the rows {places[place]} and {row.name} would share a directory; rename one of them")
-        seen[content], places[place] = row.name, row.name
+        if row.name not in repeats:
+            seen[content] = row.name
+        places[place] = row.name
 
 
 def _grid(grid: dict[str, list[Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -185,6 +185,12 @@ def _refuse_key(key: str, value: Any, changes: dict[str, Any], where: str) -> No
             f"{where} changes {key}; the recipe's output is the sweep's directory, and every row lies in it by its name"
         )
     if section not in _OF_THE_CACHE or key == "cache.directory":
+        if isinstance(value, dict) and any(known.startswith(f"{key}.") for known in recipe_keys(Recipe)):
+            # It would put all other keys of the section back to their defaults, unnoticed.
+            example = f", such as {key}.{next(iter(value))}" if value else ""
+            raise RecipeError(
+                f"{where} gives the section {key} as a whole, {value!r}; name the keys it changes one by one{example}"
+            )
         return
     # Held against a cache of another origin they would say that it is the wrong one.
     if key in ("data", "teacher") and value is None and "cache.directory" in changes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -15,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache import errors
 from kdcache.cache.files import write_file
-from kdcache.errors import KdcacheError, RecipeError, TrainingError
+from kdcache.errors import KdcacheError, StorageError, TrainingError
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
 from kdcache.run_record import TABLE_FILE, RunRecord, load_record
 from kdcache.sweep.board import FAILED, FINISHED, RUNNING, STOPPED, WAITING, Board, Earlier, RowState, SweepDirectory
 from kdcache.sweep.crew import Crew
-from kdcache.sweep.ready import ends_of_search, ready_rows
-from kdcache.sweep.rows import Row, is_trial, make_row, refuse_same
+from kdcache.sweep.ready import ends_of_search, ready_rows, rows_with_earlier
+from kdcache.sweep.rows import Row, is_trial
 from kdcache.sweep.table import leaderboard_markdown
-from kdcache.sweep.worker import CHECK, ENDS, Result, kind_of
+from kdcache.sweep.worker import CHECK, ENDS, kind_of
 
 if TYPE_CHECKING:
     from kdcache.sweep.search import Search
@@ -104,7 +105,7 @@ class _Sweep:
             if overwrite:
                 checked: list[RowState] = [RowState(row) for row in self._rows]
             else:
-                checked = self._with_earlier(earlier.rows)
+                checked = rows_with_earlier(self._recipe, self._rows, earlier)
                 board.earlier_seconds = earlier.seconds
             self._check(checked, overwrite=overwrite)
             if overwrite:
@@ -124,25 +125,6 @@ class _Sweep:
                 self._write()
         return board
 
-    def _with_earlier(self, earlier: list[dict[str, Any]]) -> list[RowState]:
-        """The rows of this sitting with the time they have taken so far, and behind them finished ones of earlier sittings
-        that the recipe no longer names: they are results."""
-        before = {row["name"]: row for row in earlier}
-        states = [RowState(row, seconds=before.get(row.name, {}).get("seconds", 0.0)) for row in self._rows]
-        named = {row.name for row in self._rows}
-        left = [row for row in earlier if row["state"] == FINISHED and row["name"] not in named]
-        try:
-            for row in left:
-                made = make_row(self._recipe, row["name"], row["changes"])
-                states.append(RowState(made, seconds=row["seconds"]))
-            refuse_same([state.row for state in states])
-        except RecipeError as exc:
-            raise RecipeError(
-                f"the earlier sweep in {self._directory.path} does not go with this recipe ({exc}); start over by --overwrite, or "
-                "give the recipe key output another directory"
-            ) from exc
-        return states
-
     def _check(self, states: list[RowState], *, overwrite: bool) -> None:
         """Let a worker look at every row; what is finished is known after that.
 
@@ -153,12 +135,16 @@ class _Sweep:
         for state in [*states, *(RowState(row) for row in ends_of_search(self._recipe))]:
             worker.give(CHECK, state.name, state.row.recipe, overwrite=overwrite)
             kind, *content = self._crew.answer(worker)
+            if kind == "refused" and content[0] == errors.BrokenRunError.__name__:
+                # What lies there is nothing to go on with, and nothing to remove unasked; the other rows can do without.
+                state.leave(FAILED, content[1])
+                continue
             if kind == "refused":
                 raise getattr(errors, content[0])(f"row {state.name}: {content[1]}")
             if kind == "failed":
                 raise RuntimeError(f"row {state.name} cannot be checked\n{content[-1]}")
             if content[0] is not None:
-                state.scores = content[0].scores
+                state.scores = content[0]
                 state.leave(FINISHED)
                 if not (self._directory.path / state.row.directory / TABLE_FILE).exists():
                     self._trained.append(state)
@@ -225,6 +211,10 @@ class _Sweep:
                 self._after_row(load_record(self._directory.path / state.row.directory))
             except KdcacheError as exc:  # the student is there all the same
                 self._progress.warning(f"{state.name}: {exc}")
+            except Exception as exc:  # whatever a page stumbles over, other rows are still at work
+                line = " ".join(str(exc).split())[:400]
+                self._progress.warning(f"{state.name}: its pages are not written, {type(exc).__name__}: {line}")
+                self._note(state, traceback.format_exc())
 
     def _ask(self) -> RowState | None:
         """The next trial of the search as a row; one whose values do not go together has failed already."""
@@ -242,7 +232,7 @@ class _Sweep:
         elif kind == "refused":
             self._fail(state, content[1])
         elif kind == "failed":
-            self._directory.note_failure(state.name, content[1])
+            self._note(state, content[1])
             self._fail(state, content[0])
         elif kind == "warning":
             if content[0] not in self._warned:
@@ -251,12 +241,19 @@ class _Sweep:
         else:
             state.hear(kind, content)
 
-    def _finish(self, state: RowState, result: Result) -> None:
-        state.scores = result.scores
+    def _note(self, state: RowState, text: str) -> None:
+        """Keep a traceback, where there is room for it."""
+        try:
+            self._directory.note_failure(state.name, text)
+        except StorageError as exc:
+            self._progress.warning(f"{state.name}: {exc}")
+
+    def _finish(self, state: RowState, scores: dict[str, dict[str, float]]) -> None:
+        state.scores = scores
         state.leave(FINISHED)
         self._trained.append(state)
         if self._search is not None and is_trial(state.name):
-            self._search.tell(state.name, result.scores["student after"]["loss"])
+            self._search.tell(state.name, scores["student after"]["loss"])
         self._write()
 
     def _fail(self, state: RowState, error: str) -> None:
@@ -268,8 +265,7 @@ class _Sweep:
         run = self._directory.path / state.row.directory
         if (run / "run.json").exists():
             # It was done, and had not yet said so.
-            record = load_record(run)
-            self._finish(state, Result(record.scores, int(record.values["steps"])))
+            self._finish(state, load_record(run).scores)
         else:
             self._fail(state, f"{death}; the same command goes on from its last checkpoint")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdcache.run_record import number
 from kdcache.sweep.board import FAILED, FINISHED, RUNNING, Board, RowState
 
 LIVE_COLUMNS = ("row", "changes", "state", "step", "loss", "ETA", "perplexity")
@@ -21,7 +22,7 @@ def plain_line(state: RowState) -> str:
     if state.state == FINISHED and state.scores is not None:
         after = state.scores[_AFTER]
         return (
-            f"{state.name}: finished, perplexity {after['perplexity']:.3f}, KL to teacher {after['kl_to_teacher']:.4f}, "
+            f"{state.name}: finished, perplexity {after['perplexity']:.3f}, KL to teacher {_figure(after, 'kl_to_teacher', '.4f')}, "
             f"{state.seconds:.0f} s"
         )
     if state.state == FAILED:
@@ -44,15 +45,15 @@ def leaderboard(board: Board) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     Where rows are scored on different tokens (they cut at different lengths), a column says on how many.
     """
     finished = sorted(board.having(FINISHED), key=lambda s: _scores(s)[_AFTER]["perplexity"])
-    apart = len({_scores(s)[_AFTER]["tokens"] for s in finished}) > 1
+    apart = _scored_apart(finished)
     columns = ("row", "changes", "perplexity", "KL to teacher", *(("tokens",) if apart else ()), "seconds")
     rows = [
         (
             s.name,
             changed(s) or "-",
             f"{(after := _scores(s)[_AFTER])['perplexity']:.3f}",
-            f"{after['kl_to_teacher']:.4f}",
-            *((f"{int(after['tokens']):,}",) if apart else ()),
+            _figure(after, "kl_to_teacher", ".4f"),
+            *((_figure(after, "tokens", ",.0f"),) if apart else ()),
             f"{s.seconds:,.0f}",
         )
         for s in finished
@@ -68,8 +69,8 @@ def reference_line(board: Board) -> str:
     scored = [_scores(s) for s in board.having(FINISHED)]
     parts = []
     for name in (_BEFORE, _TEACHER):
-        found = {f"{scores[name]['perplexity']:.3f}" for scores in scored}
-        if len(found) != 1:
+        found = {_figure(scores.get(name, {}), "perplexity", ".3f") for scores in scored}
+        if len(found) != 1 or "?" in found:
             return ""
         parts.append(f"{name} {found.pop()}")
     return f"Perplexity of {', '.join(parts)}."
@@ -78,7 +79,7 @@ def reference_line(board: Board) -> str:
 def notes(board: Board) -> list[str]:
     """What a reader of the leaderboard should know, and why rows failed."""
     lines = [line for line in (reference_line(board),) if line]
-    if len({_scores(s)[_AFTER]["tokens"] for s in board.having(FINISHED)}) > 1:
+    if _scored_apart(board.having(FINISHED)):
         lines.append(
             "Rows are scored on the validation split cut as their training was: compare those with as many tokens."
         )
@@ -108,7 +109,7 @@ def _live_row(state: RowState) -> tuple[str, ...]:
         eta = _time(state.eta()) if state.total else ""
         perplexity = "" if state.perplexity is None else f"{state.perplexity:.3f}"
     elif state.scores is not None:
-        perplexity, eta = f"{state.scores[_AFTER]['perplexity']:.3f}", f"{state.seconds:.0f} s"
+        perplexity = f"{state.scores[_AFTER]['perplexity']:.3f}"
     elif state.error:
         note = state.error[:_LONGEST_NOTE]
     return (state.name, changed(state), state.state, step, note, eta, perplexity)
@@ -117,6 +118,16 @@ def _live_row(state: RowState) -> tuple[str, ...]:
 def _scores(state: RowState) -> dict[str, dict[str, float]]:
     assert state.scores is not None
     return state.scores
+
+
+def _figure(scores: dict[str, float], key: str, form: str) -> str:
+    """A figure of run.json, which need not have it: another version may have written it."""
+    found = number(scores.get(key))
+    return "?" if found is None else format(found, form)
+
+
+def _scored_apart(finished: list[RowState]) -> bool:
+    return len({_figure(_scores(s)[_AFTER], "tokens", ",.0f") for s in finished}) > 1
 
 
 def _value(value: Any) -> str:

@@ -5,7 +5,7 @@ Nothing heavy is imported by the parent's side.
 
 A worker takes ``(CHECK or TRAIN, recipe, overwrite)`` until its pipe is closed, and sends ``(kind, *content)``:
 of a row at work ``begin``, ``advance``, ``end``, ``message``, ``warning`` as `kdcache.progress.Progress` has them; and
-at last ``checked`` or ``trained`` with a `Result` or None, ``refused`` with the name of an error class and its message, or
+at last ``checked`` or ``trained`` with the scores of run.json or None, ``refused`` with the name of an error class and its message, or
 ``failed`` with one line and a traceback.
 """
 
@@ -24,29 +24,17 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdcache.errors import KdcacheError
 from kdcache.recipe import Recipe
-
-if TYPE_CHECKING:
-    from kdcache.student.record import RunRecord
 
 CHECK, TRAIN = "check", "train"
 # What a worker says last of a row that it was to train.
 ENDS = ("trained", "refused", "failed")
 _ADVANCE_EVERY_SECONDS = 0.1
 _STOP_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the sweep wants to know of a finished run: scores as in run.json, and optimizer steps."""
-
-    scores: dict[str, dict[str, float]]
-    steps: int
 
 
 class Worker:
@@ -174,21 +162,17 @@ def work(connection: Connection) -> None:
         try:
             if task == CHECK:
                 record = check_student(recipe, kept, overwrite=overwrite)
-                answer: tuple[Any, ...] = ("checked", None if record is None else _result(record))
+                answer: tuple[Any, ...] = ("checked", None if record is None else record.scores)
             else:
                 record = distill(recipe, resume=True, progress=report, kept=kept)
                 kept.release()
-                answer = ("trained", _result(record))
+                answer = ("trained", record.scores)
         except KdcacheError as exc:
             answer = ("refused", type(exc).__name__, str(exc))
         except Exception as exc:  # whatever it is, it is this row's failure and no other's
             line = " ".join(str(exc).split())[:400]
             answer = ("failed", f"{type(exc).__name__}: {line}", traceback.format_exc())
         report.send(*answer)
-
-
-def _result(record: RunRecord) -> Result:
-    return Result(record.scores, int(record.values["steps"]))
 
 
 def _take_share(number: int, workers: int) -> None:

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,14 +9,16 @@ import pytest
 import torch
 
 from kdcache.commands import app
-from kdcache.errors import CacheError, DataError, TrainingError
+from kdcache.errors import CacheError, DataError, KdcacheError, ModelError, TrainingError
 from kdcache.evaluate import cached_teacher, saved_run
 from kdcache.evaluate.by_sequence import SequenceSums, ratio_error, teacher_errors
 from kdcache.evaluate.evaluation import Wanted, evaluate
+from kdcache.evaluate.results import earlier_results, write_results
 from kdcache.evaluate.saved_run import AFTER, BEFORE, TEACHER, Students, open_saved_run, score_saved_run
 from kdcache.evaluate.tables import leaderboard, score_table, task_table, write_page
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
+from kdcache.run_record import record_digest
 from kdcache.student.collate import Collator
 from kdcache.student.distill import distill
 from kdcache.student.forward import loss_sums
@@ -215,6 +218,105 @@ def test_a_recipe_of_another_version_is_refused_by_key(run):
         list(evaluate([run]))
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("a", "model/adapter_model.safetensors"),
+        ("a", "model/adapter_config.json"),
+        ("full", "model/model.safetensors"),
+        ("a", "model"),
+    ],
+)
+def test_a_saved_student_that_is_gone_is_found_before_the_teacher_answers(sweep, tmp_path, name, lacking):
+    run = shutil.copytree(sweep / name, tmp_path / "run")
+    (run / lacking).rename(tmp_path / "gone")
+    with pytest.raises(ModelError, match=r"is not whole: it lacks|no saved student"):
+        list(evaluate([sweep / "b", run], Wanted(generate=2)))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_base_or_a_part_of_the_weights_that_is_gone_is_found_as_well(sweep, run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    record["recipe"]["student"]["model"] = str(tmp_path / "gone" / "base")
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="gone/base does not exist"):
+        list(evaluate([run], Wanted(generate=2)))
+    whole = shutil.copytree(sweep / "full", tmp_path / "whole")
+    index = whole / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(ModelError, match=r"lacks model-2\.safetensors"):
+        list(evaluate([whole], Wanted(generate=2)))
+    index.write_text("[]")
+    with pytest.raises(ModelError, match="is not readable"):
+        list(evaluate([whole], Wanted(generate=2)))
+
+
+def parts(**tasks):
+    return {"scores": {}, **({"tasks": tasks} if tasks else {})}
+
+
+def test_evaluations_at_the_same_time_lose_nothing(run):
+    """Both read the run at the start, and write long afterwards."""
+    digest, heard = record_digest(run), Heard()
+    assert earlier_results(run, digest, heard) == {}
+    for name in ("arc", "piqa"):
+        write_results(run, digest, "c", parts(**{name: {"examples": 5}}), heard)
+    write_results(run, digest, "c", parts() | {"generation": {"examples": 1}, "samples": []}, heard)
+    values = write_results(run, digest, "c", parts(), heard)
+    assert json.loads((run / "evaluation.json").read_text()) == values
+    assert set(values["tasks"]) == {"arc", "piqa"}
+    assert values["generation"] == {"examples": 1}
+    # At the very same moment as well.
+    names = [f"task {i}" for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: write_results(run, digest, "c", parts(**{name: {}}), heard), names))
+    assert set(json.loads((run / "evaluation.json").read_text())["tasks"]) == {"arc", "piqa", *names}
+    assert heard.warnings == []
+
+
+def test_an_evaluation_is_of_the_training_that_it_began_with(run):
+    digest, heard = record_digest(run), Heard()
+    write_results(run, digest, "c", parts(arc={}), heard)
+    (run / "evaluation.json").write_text("{")
+    write_results(run, digest, "c", parts(piqa={}), heard)
+    assert (run / "evaluation.json.unreadable").read_text() == "{"
+    assert "moved to evaluation.json.unreadable" in heard.warnings[0]
+    kept = (run / "evaluation.json").read_bytes()
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"steps": 1}))
+    with pytest.raises(TrainingError, match="trained again while it was evaluated"):
+        write_results(run, digest, "c", parts(), heard)
+    assert (run / "evaluation.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("directory", ["../victim", "/tmp", "a/../../victim", "."])
+def test_a_sweep_does_not_send_an_evaluation_elsewhere(tmp_path, directory):
+    rows = [{"name": "A", "directory": directory, "state": "finished"}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"format": "kdcache-sweep", "rows": rows}))
+    with pytest.raises(TrainingError, match="does not lie in the sweep"):
+        saved_run.run_directories([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task-data", "x", "--limit", "3"], "--task-data goes with --tasks"),
+        (["--limit", "3"], "--limit goes with --tasks"),
+        (["--chat-template", "--generate", "2"], "--chat-template goes with --tasks"),
+        (["--tasks", ","], "names no task"),
+        (["--max-new-tokens", "3"], "--max-new-tokens goes with --generate or --samples"),
+        (["--max-new-tokens", "3", "--tasks", "arc"], "--max-new-tokens goes with --generate or --samples"),
+        (["--teacher", "nowhere"], "--teacher goes with --generate, --samples or --tasks"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tmp_path, options, message):
+    import kdcache.cli  # noqa: F401 (registers the commands)
+
+    with pytest.raises(KdcacheError, match=message):
+        app.app(["evaluate", str(tmp_path), *options], standalone_mode=False)
+
+
 def test_a_cache_that_moved_is_named(run, shared_cache, tmp_path, no_model, monkeypatch):
     record = json.loads((run / "run.json").read_text())
     record["recipe"]["cache"]["directory"] = str(tmp_path / "gone")
@@ -316,3 +418,7 @@ def test_tables_take_figures_that_are_missing(run):
     _, rows = score_table(done.values)
     assert rows[1][2] == rows[1][5] == "-"
     assert leaderboard([done])[1][0][4:] == ("-", "-")
+    # Generations of another call may have answered other prompts: only new ones stand beside each other.
+    done.values["generation"] = {"retention": {"rouge_l": 50.0}}
+    assert leaderboard([done])[1][0][5] == "-"
+    assert leaderboard([replace(done, measured=("scores", "generation"))])[1][0][5] == "50.0 %"

@@ -1,5 +1,6 @@
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import lm_eval
@@ -153,10 +154,27 @@ def test_the_chat_template_is_put_around_prompts(data, student, tokenizer):
         ("first 3, then -12.", "-12"),
         ("2 * 3 = 6", "6"),
         ("none at all", None),
+        ("between 10-12", "12"),
+        ("(3)-12", "12"),
+        ("it fell to -12", "-12"),
+        ("3,5", "5"),
+        ("1,234,567 apples", "1234567"),
+        ("#### 1. First, 40 and 2. #### 42", "42"),
     ],
 )
 def test_the_answer_is_the_marked_number_or_else_the_last(text, number):
     assert answer_number(text) == (None if number is None else pytest.approx(float(number)))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("son 3,5", "3.5"), ("son 1.000.", "1000"), ("son 1.234.567,25 euros", "1234567.25"), ("son 3.5", "3.5"), ("son 2.1234", "2.1234"),
+        ("#### -1.000, no 3", "-1000"), ("entre 10-12", "12"), ("#### 5\n#### 7,25", "7.25"), ("nada", None),
+    ],
+)  # fmt: skip
+def test_spanish_answers_have_spanish_separators(text, number):
+    assert answer_number(text, "es") == (None if number is None else Decimal(number))
 
 
 class Says:
@@ -182,7 +200,13 @@ def test_exact_answers_count_as_numbers(data):
     harness = Harness(["gsm8k"], task_data=data)
     assert Says(harness, "so it is\n#### 1.0").judged()["exact_match"] == 1
     assert Says(harness, "1 and then 2").judged()["exact_match"] == 0
-    assert Says(Harness(["mgsm_es"], task_data=data), "son 2").judged()["exact_match"] == 1
+    spanish = Harness(["mgsm_es"], task_data=data)
+    assert [Says(spanish, text).judged()["exact_match"] for text in ("son 2", "son 2,0", "son 20", "son 2.000")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_files_that_are_missing_or_broken_are_named(data, tmp_path):

@@ -1,6 +1,7 @@
 """``bench-inference``: the forms of a student are the same student, figures are of what they say, failures are rows."""
 
 import copy
+import hashlib
 import json
 import re
 import sys
@@ -73,6 +74,7 @@ def test_every_form_of_a_student_is_measured_and_written_down(run, here):
     values = InferenceBench(SMALL).run(run)
     assert json.loads((run / "inference.json").read_text()) == values
     assert values["format"] == "kdcache-inference"
+    assert values["run_sha256"] == hashlib.sha256((run / "run.json").read_bytes()).hexdigest()
     assert [values[k] for k in ("batch_size", "prompt_tokens", "new_tokens", "repeats")] == [2, 5, 3, 2]
     rows = {row["model"]: row for row in values["rows"]}
     assert list(rows) == ["teacher, float32", "student, nf4 + adapter", *FORMS]
@@ -199,7 +201,7 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(elsewhere, 
         InferenceBench(teacher="/no/such/teacher").run(elsewhere)
     with pytest.raises(ModelError, match=r"--prompt-tokens 1000000"):
         InferenceBench(Workload(prompt_tokens=1_000_000)).run(elsewhere)
-    with pytest.raises(TrainingError, match=r"of kdcache 0\.1\.0, is none .*selection\.flor"):
+    with pytest.raises(TrainingError, match=r"of kdcache 0\.1\.0, whose recipe .* does not read: .*selection\.flor"):
         InferenceBench().run(changed(elsewhere, lambda r: r["selection"].update(flor=1)))
     changed(elsewhere, lambda r: r["selection"].pop("flor"))
     (elsewhere / "model").rename(tmp_path / "gone")

@@ -1,6 +1,8 @@
 """Memory that runs out, numbers that are not finite: the run goes on as it would have, or stops and says why."""
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from kdcache.student.arguments import training_arguments
 from kdcache.student.distill import distill
 from kdcache.student.log import read_log
 from kdcache.student.nonfinite import NonFiniteGuard
+from kdcache.student.record import RunDirectory
 
 
 class Heard(Silent):
@@ -299,3 +302,68 @@ def test_an_optimizer_that_does_not_run_here_is_replaced_in_words(values, monkey
         "paged_adamw_8bit needs bitsandbytes' optimizers, which fail on this cpu (RuntimeError: no kernels for this device); "
         "adamw_torch is used instead"
     ]
+
+
+@pytest.fixture
+def begun(values):
+    """A recipe and the directory of its run, which has reached a checkpoint."""
+    recipe = parse_recipe(values)
+    run = RunDirectory(Path(recipe.output))
+    run.begin(recipe, "c" * 64)
+    run.release()
+    (run.checkpoints / "checkpoint-4").mkdir(parents=True)
+    return recipe, run
+
+
+@pytest.mark.parametrize(
+    "gone", [["training.fraction"], ["loss.kd_weight", "selection.temperatures"], ["student.attention", "sweep"]]
+)
+def test_a_run_of_before_a_recipe_key_goes_on(begun, gone):
+    recipe, run = begun
+    without(run, gone)
+    assert run.prepare(recipe, "c" * 64, resume=True, overwrite=False) is None
+
+
+@pytest.mark.parametrize(
+    ("gone", "change", "key"),
+    [
+        (["training.fraction"], {"training": {"fraction": 0.5}}, r"training\.fraction was 1\.0, now 0\.5"),
+        # A section that was null is not one of defaults.
+        ([], {"student": {"lora": {}}}, r"student\.lora"),
+        (["loss.temperature"], {"loss": {"temperature": 3.0}}, r"loss\.temperature was 2\.0, now 3\.0"),
+    ],
+)
+def test_a_key_that_the_earlier_run_had_no_word_for_is_compared_with_its_default(values, begun, gone, change, key):
+    _, run = begun
+    without(run, gone)
+    for section, keys in change.items():
+        values.setdefault(section, {}).update(keys)
+    if "student" in change:
+        earlier = json.loads((run.path / "started.json").read_text())
+        kept = {k: v for k, v in earlier["recipe"].items() if not k.startswith("student.lora")}
+        (run.path / "started.json").write_text(json.dumps({**earlier, "recipe": {**kept, "student.lora": None}}))
+    with pytest.raises(TrainingError, match=key):
+        run.prepare(parse_recipe(values), "c" * 64, resume=True, overwrite=False)
+
+
+def without(run, keys):
+    """As a version without these keys would have written down whose run it is."""
+    file = run.path / "started.json"
+    earlier = json.loads(file.read_text())
+    assert earlier["recipe"].keys() >= set(keys)
+    earlier["recipe"] = {k: v for k, v in earlier["recipe"].items() if k not in keys}
+    file.write_text(json.dumps(earlier))
+
+
+def test_what_was_measured_of_a_student_goes_with_it(begun):
+    recipe, run = begun
+    judged = [run.path / name for name in ("evaluation.json", "evaluation.md", "inference.json")]
+    for path in (*judged, run.path / "notes.txt"):
+        path.write_text("{}")
+    again = RunDirectory(run.path)
+    again.prepare(recipe, "c" * 64, resume=False, overwrite=True)
+    assert all(path.exists() for path in judged)
+    again.begin(recipe, "c" * 64)
+    again.release()
+    assert not any(path.exists() for path in judged)
+    assert (run.path / "notes.txt").exists()
