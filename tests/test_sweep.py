@@ -145,7 +145,7 @@ def test_whatever_ends_it_the_same_command_goes_on(sweep, command, tmp_path, mon
         "A": {"loss.temperature": 1},
         "C": {"training.max_steps": 60, "training.max_length": 40, "student.lora.r": 4},
         "B": {"training.max_steps": 60},
-        "D": {"seed": 2},
+        "D": {"training.max_steps": 60, "seed": 2},
     }
     values = sweep({"rows": rows}, save_steps=5)
     folder, path = Path(values["output"]), tmp_path / "killed.yaml"
@@ -180,7 +180,7 @@ def test_whatever_ends_it_the_same_command_goes_on(sweep, command, tmp_path, mon
         if not killed and board["C"].state == RUNNING and checkpoints("C") - before:
             killed.append(board["C"].pid)
             os.kill(board["C"].pid, signal.SIGKILL)
-        elif board["C"].state == FAILED and board["B"].state == RUNNING and checkpoints("B"):
+        elif board["C"].state == FAILED and board["B"].state == board["D"].state == RUNNING and checkpoints("B"):
             assert board["D"].pid not in (None, *killed)
             for pid in (board["B"].pid, os.getpid()):
                 os.kill(pid, signal.SIGINT)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcache.cache.files import write_file
 from kdcache.evaluate.evaluation import Evaluation
+from kdcache.evaluate.generation import retention
 from kdcache.evaluate.saved_run import AFTER, BEFORE, TEACHER
 from kdcache.intervals import INTERVAL_NOTE, half_width
 from kdcache.markdown import table
@@ -18,11 +19,11 @@ Table = tuple[tuple[str, ...], Rows]
 MODELS = (BEFORE, AFTER, TEACHER)
 SCORE_NOTE = (
     "Top-1: how often the student's most probable token is the teacher's; positions without cached "
-    "entries are not compared. ±: one standard error, sequences being the clusters."
+    "entries are not compared. ±: half the 95 % interval, sequences being the clusters."
 )
 ROUGE_NOTE = (
-    "ROUGE-L F1 over lower-case words of any script (no stemming), exact match of the text but for white space; retention is "
-    "the student after training in percent of the teacher."
+    "ROUGE-L F1 over lower-case words of any script (no stemming), exact match of the text but for white space; retained: the "
+    "student in percent of the teacher."
 )
 
 
@@ -40,11 +41,13 @@ def score_table(values: dict[str, Any]) -> Table:
         (
             name,
             f"{s['loss']:.4f}",
-            _number(s["stderr"], 4),
+            _number(half_width(s["loss"], s["stderr"], None), 4),
             f"{s['perplexity']:.3f}",
             f"{s['kl_to_teacher']:.4f}",
             _number(s["top_1_agreement"], 3),
-            _number(s["top_1_stderr"], 3),
+            _number(
+                None if s["top_1_agreement"] is None else half_width(s["top_1_agreement"], s["top_1_stderr"], None), 3
+            ),
         )
         for name, s in values["scores"].items()
     ]
@@ -59,10 +62,10 @@ def generation_table(values: dict[str, Any]) -> Table:
         for name, s in part["models"].items()
     ]
     if "retention" in part:
-        kept = part["retention"]
-        rows.append(
-            ("retention", *("-" if kept[k] is None else f"{kept[k]:.1f} %" for k in ("rouge_l", "exact_match")))
-        )
+        whole = part["models"][TEACHER]
+        for name, kept in (("before", retention(part["models"][BEFORE], whole)), ("after", part["retention"])):
+            shares = ("-" if kept[k] is None else f"{kept[k]:.1f} %" for k in ("rouge_l", "exact_match"))
+            rows.append((f"retained {name}", *shares))
     return ("model", "ROUGE-L", "exact match"), rows
 
 

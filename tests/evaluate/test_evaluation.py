@@ -406,7 +406,7 @@ def test_the_command_prints_what_it_measured(sweep, capsys):
         standalone_mode=False,
     )
     out = capsys.readouterr().out
-    for expected in ("top-1", "ROUGE-L", "retention", "[1]", "reference:", "student before:", "ROUGE-L kept"):
+    for expected in ("top-1", "ROUGE-L", "retained after", "[1]", "reference:", "student before:", "ROUGE-L kept"):
         assert expected in out
     assert f"{scores_of(sweep / 'b')[AFTER]['loss']:.4f}" in out
     assert (sweep / "a" / "evaluation.md").exists()

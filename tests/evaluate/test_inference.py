@@ -224,7 +224,7 @@ def test_the_command_prints_a_table_for_each_run(run, here):
     sweep.unlink()
     assert done.exit_code == 0, done.output
     for name in ("teacher, float32", "student, nf4 + adapter", *FORMS):
-        assert re.search(rf"{re.escape(name)} +[\d,]+ +\d+% +[\d,]+ ms +[\d.]+ MiB +[\d.]+ [MK]iB", done.output), (
+        assert re.search(rf"{re.escape(name)} +[\d,]+ +\d+% +[\d,]+ ms +[\d,.]+ [MG]iB +[\d.]+ [MK]iB", done.output), (
             done.output
         )
     assert "2 x 3 new tokens after 5" in done.output
