@@ -24,6 +24,7 @@ from kdcache.errors import RecipeError, TrainingError
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.report import write_pages
+from kdcache.run_record import load_record
 from kdcache.student import distill as distill_module
 from kdcache.student.agreement import refuse_unfit
 from kdcache.student.distill import distill
@@ -144,7 +145,7 @@ def test_whatever_ends_it_the_same_command_goes_on(sweep, command, tmp_path, mon
     rows = {
         "A": {"loss.temperature": 1},
         "C": {"training.max_steps": 60, "training.max_length": 40, "student.lora.r": 4},
-        "B": {"training.max_steps": 60},
+        "B": {"training.max_steps": 150},
         "D": {"training.max_steps": 60, "seed": 2},
     }
     values = sweep({"rows": rows}, save_steps=5)
@@ -173,6 +174,8 @@ def test_whatever_ends_it_the_same_command_goes_on(sweep, command, tmp_path, mon
 
     # A worker is killed, another takes the next row; then Ctrl-C, which reaches every process of a terminal.
     kept = contents(folder, "A/run.json", "A/model/adapter_model.safetensors")
+    # Else the sweep would draw them now, for so long that it may not see B at work.
+    write_pages(load_record(folder / "A"))
     before, killed, shown = checkpoints("C"), [], PlainLines.show
 
     def show(self, board):
