@@ -138,7 +138,16 @@ def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, although a test run in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.usefixtures("interruptible")
 def test_whatever_ends_it_the_same_command_goes_on(sweep, command, tmp_path, monkeypatch):
     # As in this process: numbers of threads may change the last bits.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
