@@ -7,11 +7,11 @@ anything slip through.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 
 from kdcache.cache.reader import Cache
-from kdcache.inspection import SURPRISE, Distribution, SequenceView, TokenView, harmless
+from kdcache.html_page import html_page, html_text
+from kdcache.inspection import SURPRISE, Distribution, SequenceView, TokenView
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfdfb; --faint: #6a6a6a; --line: #d9d9d4; --card: #ffffff;
@@ -58,9 +58,9 @@ def page(cache: Cache, facts: Mapping[str, str], sequences: Sequence[SequenceVie
     """
     title = f"cache of {cache.plan.teacher.name}"
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{html_text(title)}</h1>",
         "<dl>",
-        *(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items()),
+        *(f"<dt>{html_text(name)}</dt><dd>{html_text(value)}</dd>" for name, value in facts.items()),
         "</dl>",
         "<h2>splits: the teacher's perplexity, and the mass that is kept exactly</h2>",
         _splits(cache),
@@ -68,28 +68,7 @@ def page(cache: Cache, facts: Mapping[str, str], sequences: Sequence[SequenceVie
     if sequences:
         body.append(_key())
     body += [_sequence(view) for view in sequences]
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
-
-
-def _text(value: str) -> str:
-    return html.escape(harmless(value), quote=True)
+    return html_page(title, _STYLE, body)
 
 
 def _splits(cache: Cache) -> str:
@@ -109,8 +88,8 @@ def _splits(cache: Cache) -> str:
         ]
         for s in cache.manifest.splits
     ]
-    lines = ["<tr>" + "".join(f"<th>{_text(n)}</th>" for n in names) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    lines = ["<tr>" + "".join(f"<th>{html_text(n)}</th>" for n in names) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{html_text(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
 
 
@@ -118,7 +97,7 @@ def _key() -> str:
     """What the colours mean."""
     highest = [1.0, *SURPRISE]
     names = [f"{low:g} to {high:g}" for high, low in zip(highest, SURPRISE, strict=False)] + [f"under {SURPRISE[-1]:g}"]
-    keys = "".join(f'<span class="key s{i}">{_text(name)}</span>' for i, name in enumerate(names))
+    keys = "".join(f'<span class="key s{i}">{html_text(name)}</span>' for i, name in enumerate(names))
     return (
         f"<h2>the teacher's probability of each token, at T = 1</h2><p>{keys}"
         '<span class="key empty">row left empty</span><span class="faint">Plain: not learnt. Point at a token, tap it or '
@@ -128,18 +107,18 @@ def _key() -> str:
 
 def _sequence(view: SequenceView) -> str:
     tokens = "".join(_token(token, view.temperature) for token in view.tokens)
-    return f'<h2>{_text(view.title)}</h2>\n<div class="text" dir="ltr">{tokens}</div>'
+    return f'<h2>{html_text(view.title)}</h2>\n<div class="text" dir="ltr">{tokens}</div>'
 
 
 def _token(token: TokenView, temperature: float) -> str:
     # A line break alone would have no width to point at.
-    text = f"<bdi>{_text(token.text.replace(chr(10), '↵' + chr(10)))}</bdi>"
+    text = f"<bdi>{html_text(token.text.replace(chr(10), '↵' + chr(10)))}</bdi>"
     if token.probability is None or token.surprise is None:
         return f'<span class="plain">{text}</span>'
     about = (
-        f"<b>{_text(token.name)}</b> was given {token.probability:.4f} at T = 1"
+        f"<b>{html_text(token.name)}</b> was given {token.probability:.4f} at T = 1"
         if token.row is not None
-        else f"<b>{_text(token.name)}</b> was given {token.probability:.4f} at T = 1; its row was left empty"
+        else f"<b>{html_text(token.name)}</b> was given {token.probability:.4f} at T = 1; its row was left empty"
     )
     rows = "" if token.row is None else _distribution(token.row, temperature)
     mark = f"t s{token.surprise}" + (" empty" if token.row is None else "")
@@ -158,6 +137,6 @@ def _distribution(row: Distribution, temperature: float) -> str:
 def _bar(name: str, share: float, kind: str) -> str:
     width = min(100.0, max(0.0, 100.0 * share))
     return (
-        f'<span class="row"><b><bdi>{_text(name)}</bdi></b><i class="{kind}" style="width:{width:.1f}%"></i>'
+        f'<span class="row"><b><bdi>{html_text(name)}</bdi></b><i class="{kind}" style="width:{width:.1f}%"></i>'
         f"<span>{share:.4f}</span></span>"
     )

@@ -115,3 +115,12 @@ class SelectionSection(Section):
         if self.positions == "all" and self.quantile > 0:
             raise ValueError("selection.quantile above 0 goes with selection.positions entropy or loss")
         return self
+
+
+def claimed_keys(chosen: SelectionSection) -> list[str]:
+    """Keys that a cache has to agree in: floors where they are given, otherwise the bytes that they are found from; a plan
+    records which."""
+    keys = [key for key in type(chosen).model_fields if key not in ("floors", "bytes_per_position")]
+    if chosen.floors is not None:
+        return [*keys, "floors"]
+    return [*keys, "bytes_per_position"] if chosen.method.startswith("threshold") else keys

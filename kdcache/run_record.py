@@ -20,6 +20,8 @@ from kdcache.errors import BrokenRunError, TrainingError
 RECORD_FILE, LOG_FILE, TABLE_FILE, PLOT_FILE = "run.json", "log.csv", "table.md", "loss.png"
 # Measured of the finished student afterwards; each names the training it is of by `record_digest`.
 EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE = "evaluation.json", "evaluation.md", "inference.json"
+# The models that are scored, as run.json and evaluation.json name them.
+MODELS = BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 _NEEDED = ("recipe", "cache_id", "scores")
 _LIMIT = 256 << 20
 _DEPTH = 64  # what walks through a recipe afterwards takes several frames for each
@@ -85,7 +87,7 @@ def _faults(values: dict[str, Any]) -> list[str]:
     faults += [] if isinstance(values["cache_id"], str) else ["a cache_id that is text"]
     if not isinstance(scores, dict) or not all(isinstance(s, dict) for s in scores.values()):
         return [*faults, "scores that are mappings"]
-    if "student after" not in scores:
+    if AFTER not in scores:
         return [*faults, "scores of the student after training"]
     for name, score in scores.items():
         faults += [f"{key} of {_line(name)}" for key in ("loss", "perplexity") if number(score.get(key)) is None]

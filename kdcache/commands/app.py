@@ -32,7 +32,14 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Recipe keys to override.", show_default=False),
 ]
 CacheArgument = Annotated[str, typer.Argument(help="Cache directory, or the URL of one.", show_default=False)]
-RunArgument = Annotated[Path, typer.Argument(help="Run directory of kdcache train-student.", show_default=False)]
+RunsArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN",
+        help="Run directories of kdcache train-student; a directory of kdcache sweep stands for its finished rows.",
+        show_default=False,
+    ),
+]
 
 
 def _version(wanted: bool) -> None:

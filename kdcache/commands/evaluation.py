@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from kdcache.commands.app import app, console_progress, say, say_lines, say_table
+from kdcache.commands.app import RunsArgument, app, console_progress, say, say_lines, say_table
 from kdcache.console import text_table
 from kdcache.errors import KdcacheError
 
@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def evaluate(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN",
-            help="Run directories of kdcache train-student; a directory of kdcache sweep stands for its finished rows.",
-            show_default=False,
-        ),
-    ],
+    runs: RunsArgument,
     batch_size: Annotated[
         Optional[int],  # noqa: UP045 (typer reads the annotation at run time)
         typer.Option(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from kdcache.commands.app import app, console_progress, say, say_lines, say_table
+from kdcache.commands.app import RunsArgument, app, console_progress, say, say_lines, say_table
 from kdcache.console import byte_size, text_table
 
 _COLUMNS = ("model", "tokens/s", "spread", "1st token", "memory", "on disk")
@@ -15,14 +14,7 @@ _COLUMNS = ("model", "tokens/s", "spread", "1st token", "memory", "on disk")
 
 @app.command()
 def bench_inference(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN",
-            help="Run directories of kdcache train-student; a directory of kdcache sweep stands for its finished rows.",
-            show_default=False,
-        ),
-    ],
+    runs: RunsArgument,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each prompt.")] = 64,

@@ -20,9 +20,6 @@ from kdcache.evaluate.harness import Harness, Measured, as_record
 from kdcache.evaluate.perplexity import teacher_score
 from kdcache.evaluate.results import earlier_results, write_results
 from kdcache.evaluate.saved_run import (
-    AFTER,
-    BEFORE,
-    TEACHER,
     SavedRun,
     Students,
     load_teacher,
@@ -32,6 +29,7 @@ from kdcache.evaluate.saved_run import (
     run_score,
 )
 from kdcache.progress import Progress, Silent
+from kdcache.run_record import AFTER, BEFORE, TEACHER
 from kdcache.token_maps import load_tokenizer
 
 if TYPE_CHECKING:

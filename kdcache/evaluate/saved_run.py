@@ -20,15 +20,13 @@ from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import load_adapter, refuse_missing_folder
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection, parse_recipe
-from kdcache.run_record import RECORD_FILE, RunRecord, load_record, read_json, record_digest
+from kdcache.run_record import AFTER, BEFORE, RECORD_FILE, TEACHER, RunRecord, load_record, read_json, record_digest
 from kdcache.student.agreement import VALIDATION
 from kdcache.student.assembly import load_student
 from kdcache.sweep_record import SWEEP_FILE, read_sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ from typing import Any
 from kdcache.cache.files import write_file
 from kdcache.evaluate.evaluation import Evaluation
 from kdcache.evaluate.generation import retention
-from kdcache.evaluate.saved_run import AFTER, BEFORE, TEACHER
 from kdcache.intervals import INTERVAL_NOTE, half_width
 from kdcache.markdown import table
-from kdcache.run_record import EVALUATION_PAGE
+from kdcache.run_record import AFTER, BEFORE, EVALUATION_PAGE, MODELS, TEACHER
 
 Rows = list[tuple[str, ...]]
 Table = tuple[tuple[str, ...], Rows]
-MODELS = (BEFORE, AFTER, TEACHER)
 SCORE_NOTE = (
     "Top-1: how often the student's most probable token is the teacher's; positions without cached "
     "entries are not compared. ±: half the 95 % interval, sequences being the clusters."

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from kdcache.errors import TrainingError
 from kdcache.recipe_keys import value_at
-from kdcache.report.judged import AFTER, Evaluation, Inference, read_evaluation, read_inference
-from kdcache.run_record import LOG_FILE, RunRecord, load_record, number, read_log
+from kdcache.report.judged import Evaluation, Inference, read_evaluation, read_inference
+from kdcache.run_record import AFTER, LOG_FILE, RunRecord, load_record, number, read_log
 from kdcache.sweep_record import SWEEP_FILE, State, checked_row, read_sweep_head
 
 _SAME_LOSS = 1e-3

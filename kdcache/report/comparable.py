@@ -12,7 +12,7 @@ from pathlib import Path
 from kdcache.errors import KdcacheError
 from kdcache.recipe_keys import value_at
 from kdcache.report.collect import Collection, Row
-from kdcache.report.judged import AFTER, BEFORE, TEACHER
+from kdcache.run_record import AFTER, BEFORE, TEACHER
 
 # Scores of one model that differ by less are one: batches of another size sum in another order.
 _SAME = 1e-3

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from kdcache.recipe_keys import value_at
 from kdcache.report.collect import Row
 from kdcache.report.comparable import Comparison
-from kdcache.report.judged import AFTER
 from kdcache.report.recipes import Base, value_text, varied
+from kdcache.run_record import AFTER
 
 # Fewer points that differ in other things as well say nothing.
 _FEWEST = 4

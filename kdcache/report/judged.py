@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.intervals import half_width
-from kdcache.run_record import EVALUATION_FILE, INFERENCE_FILE, number, read_json, record_digest
+from kdcache.run_record import (
+    EVALUATION_FILE,
+    INFERENCE_FILE,
+    MODELS,
+    number,
+    read_json,
+    record_digest,
+)
 
-BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
-MODELS = (BEFORE, AFTER, TEACHER)
 _MAX_TASKS, _MAX_SAMPLES = 200, 200
 
 

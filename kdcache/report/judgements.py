@@ -5,10 +5,10 @@ from __future__ import annotations
 from kdcache.intervals import INTERVAL_NOTE
 from kdcache.report.blocks import Answers, Block, Cell, Column, Folded, Line, Table, Text
 from kdcache.report.collect import Collection, Row
-from kdcache.report.judged import AFTER, BEFORE, MODELS, TEACHER, Task
+from kdcache.report.judged import Task
 from kdcache.report.leaderboard import METRICS, figure_text, measure_text, rank
 from kdcache.report.spent import size
-from kdcache.run_record import number
+from kdcache.run_record import AFTER, BEFORE, MODELS, TEACHER, number
 
 _OPEN_SAMPLES = 3
 

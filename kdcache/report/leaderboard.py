@@ -10,9 +10,9 @@ from kdcache.recipe_keys import value_at
 from kdcache.report.blocks import Cell, Column, Line, Table
 from kdcache.report.collect import Collection, Row
 from kdcache.report.comparable import Comparison, Reference
-from kdcache.report.judged import AFTER, TEACHER, Measure, Task
+from kdcache.report.judged import Measure, Task
 from kdcache.report.recipes import Base, value_text, varied
-from kdcache.run_record import number
+from kdcache.run_record import AFTER, TEACHER, number
 
 METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 Figure = Callable[[Row, str], float | int | None]

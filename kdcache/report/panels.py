@@ -11,10 +11,10 @@ from kdcache.report.collect import Row
 from kdcache.report.comparable import Comparison
 from kdcache.report.drawing import short
 from kdcache.report.effects import Effect
-from kdcache.report.judged import AFTER, BEFORE, TEACHER
 from kdcache.report.leaderboard import figure_text, rank
 from kdcache.report.palette import FAINT, LINE, SERIES
 from kdcache.report.run_page import SMOOTHING_STEPS, TRACES, smoothed
+from kdcache.run_record import AFTER, BEFORE, TEACHER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from kdcache.errors import RecipeError
 from kdcache.recipe_keys import value_at
+from kdcache.recipe_selection import SelectionSection, claimed_keys
 from kdcache.report.collect import Collection, Row
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./\[\]%:+-]*")
@@ -89,11 +91,11 @@ def _agrees_with_cache(selection: Any, row: Row) -> bool:
     held = None if row.record is None else row.record.values.get("selection")
     if not isinstance(selection, dict) or not isinstance(held, dict):
         return True
-    # Floors are given, or found from the bytes: the plan says which.
-    given = selection.get("floors") is not None
-    threshold = str(selection.get("method", "threshold_sampling")).startswith("threshold")
-    passed_over = {"bytes_per_position"} if given else {"floors"} if threshold else {"floors", "bytes_per_position"}
-    return all(held[key] == value for key, value in selection.items() if key in held and key not in passed_over)
+    try:
+        chosen = SelectionSection.model_validate(selection)
+    except ValidationError:
+        return True
+    return all(held[key] == selection[key] for key in claimed_keys(chosen) if key in held and key in selection)
 
 
 def _completed(recipe: dict[str, Any]) -> dict[str, Any] | None:

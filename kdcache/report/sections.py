@@ -10,12 +10,12 @@ from kdcache.report.blocks import Block, Cell, Code, Column, Document, Folded, L
 from kdcache.report.collect import Collection, Row
 from kdcache.report.comparable import Comparison
 from kdcache.report.effects import Effect, effects
-from kdcache.report.judged import AFTER
 from kdcache.report.judgements import inference, samples, tasks
 from kdcache.report.leaderboard import figure_text, leaderboard, rank
 from kdcache.report.panels import bars, effect_figure, evaluation_curve, traces
 from kdcache.report.recipes import Base, bases, value_text
 from kdcache.report.spent import spent
+from kdcache.run_record import AFTER
 
 
 def compose(found: Collection, *, title: str, folder: str) -> Document:

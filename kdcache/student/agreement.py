@@ -11,6 +11,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import CacheError, PlanMismatchError, TrainingError
 from kdcache.models import effective_dtype
 from kdcache.recipe import Recipe
+from kdcache.recipe_selection import claimed_keys
 from kdcache.recipe_training import Scheduled, span_of
 
 TRAIN, VALIDATION = "train", "validation"
@@ -31,15 +32,8 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
     if captured and "selection" in recipe.model_fields_set:
         chosen = recipe.selection
         pairs += [
-            (f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key))
-            for key in type(chosen).model_fields
-            if key not in ("floors", "bytes_per_position")
+            (f"selection.{key}", getattr(chosen, key), getattr(plan.selection, key)) for key in claimed_keys(chosen)
         ]
-        # Floors are given, or found from the bytes: the plan records which.
-        if chosen.floors is not None:
-            pairs.append(("selection.floors", chosen.floors, plan.selection.floors))
-        elif chosen.method.startswith("threshold"):
-            pairs.append(("selection.bytes_per_position", chosen.bytes_per_position, plan.selection.bytes_per_position))
     teacher = recipe.teacher
     if teacher is not None:
         pairs += [

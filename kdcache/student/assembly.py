@@ -15,6 +15,7 @@ from kdcache.models import attach_lora, first_line, load_model
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe, StudentSection
 from kdcache.recipe_training import LossSection, Ramp, Scheduled, describe, span_of, value_at
+from kdcache.run_record import AFTER, BEFORE
 from kdcache.student.agreement import TRAIN, VALIDATION
 from kdcache.student.batches import OrderOptions, SplitDataset
 from kdcache.student.collate import Collator, Tail, uses_draws
@@ -173,7 +174,7 @@ def tell_of_end(trainer: DistillationTrainer, scores: dict[str, Score], progress
         progress.message(
             f"the student of step {state.best_global_step}, of the best evaluation, is the one that is saved"
         )
-    before, after = scores["student before"], scores["student after"]
+    before, after = scores[BEFORE], scores[AFTER]
     if after.loss > before.loss:
         progress.warning(
             f"the student is worse on the validation split than before (perplexity {before.perplexity:.3f}, now "

@@ -19,6 +19,7 @@ from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, StudentSection
+from kdcache.run_record import AFTER, BEFORE, TEACHER
 from kdcache.student.agreement import VALIDATION, refuse_cut_away, refuse_unfit
 from kdcache.student.arguments import training_arguments
 from kdcache.student.assembly import (
@@ -183,7 +184,7 @@ def _distil(
     transformers.set_seed(recipe.seed)
     model = with_adapter(model, student)
     batch_size = arguments.per_device_train_batch_size
-    before = kept.score(untrained_key(recipe, student, cache, batch_size), lambda: score("student before"))
+    before = kept.score(untrained_key(recipe, student, cache, batch_size), lambda: score(BEFORE))
     trainer = make_trainer(recipe, cache, model, arguments, run, progress)
     once(arguments, lambda: run.begin(recipe, cache.id, world=arguments.world_size))
     checkpoint = once(arguments, lambda: run.newest_checkpoint(progress)) if resume else None
@@ -193,10 +194,10 @@ def _distil(
     train_to_end(trainer, checkpoint, progress)
     end_readers(trainer)
     scores = {
-        "student before": before,
-        "student after": score("student after"),
-        "teacher": kept.score(
-            ("teacher", cache.id, training.max_length),
+        BEFORE: before,
+        AFTER: score(AFTER),
+        TEACHER: kept.score(
+            (TEACHER, cache.id, training.max_length),
             lambda: teacher_score(validation, max_length=training.max_length),
         ),
     }

@@ -19,7 +19,7 @@ from kdcache.cache.files import write_file
 from kdcache.errors import KdcacheError, StorageError, TrainingError
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
-from kdcache.run_record import TABLE_FILE, RunRecord, load_record
+from kdcache.run_record import AFTER, TABLE_FILE, RunRecord, load_record
 from kdcache.sweep.board import FAILED, FINISHED, RUNNING, STOPPED, WAITING, Board, Earlier, RowState, SweepDirectory
 from kdcache.sweep.crew import Crew
 from kdcache.sweep.ready import ends_of_search, ready_rows, rows_with_earlier
@@ -253,7 +253,7 @@ class _Sweep:
         state.leave(FINISHED)
         self._trained.append(state)
         if self._search is not None and is_trial(state.name):
-            self._search.tell(state.name, scores["student after"]["loss"])
+            self._search.tell(state.name, scores[AFTER]["loss"])
         self._write()
 
     def _fail(self, state: RowState, error: str) -> None:

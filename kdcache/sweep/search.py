@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.errors import RecipeError, TrainingError
 from kdcache.recipe import Recipe
 from kdcache.recipe_sweep import Range
+from kdcache.run_record import AFTER
 from kdcache.sweep.board import FAILED, Board, Earlier, RowState
 from kdcache.sweep.rows import Row, is_trial, make_row
 
@@ -82,7 +83,7 @@ class Search:
                 state.seconds = (earlier.of(name) or {}).get("seconds", 0.0)
                 board.rows.append(state)
             elif state.scores is not None:
-                self.tell(name, state.scores["student after"]["loss"])
+                self.tell(name, state.scores[AFTER]["loss"])
 
     def ask(self) -> RowState:
         """The next trial as a row; one whose values do not go together has failed already."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdcache.run_record import number
+from kdcache.run_record import AFTER, BEFORE, TEACHER, number
 from kdcache.sweep.board import FAILED, FINISHED, RUNNING, Board, RowState
 
 LIVE_COLUMNS = ("row", "changes", "state", "step", "loss", "ETA", "perplexity")
-_BEFORE, _AFTER, _TEACHER = "student before", "student after", "teacher"
 _LONGEST_NOTE = 28
 
 
@@ -20,7 +19,7 @@ def live_rows(board: Board) -> list[tuple[str, ...]]:
 def plain_line(state: RowState) -> str:
     """A row that changed, or is at work, as one line of a log."""
     if state.state == FINISHED and state.scores is not None:
-        after = state.scores[_AFTER]
+        after = state.scores[AFTER]
         return (
             f"{state.name}: finished, perplexity {after['perplexity']:.3f}, KL to teacher {_figure(after, 'kl_to_teacher', '.4f')}, "
             f"{state.seconds:.0f} s"
@@ -44,14 +43,14 @@ def leaderboard(board: Board) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
     Where rows are scored on different tokens (they cut at different lengths), a column says on how many.
     """
-    finished = sorted(board.having(FINISHED), key=lambda s: _scores(s)[_AFTER]["perplexity"])
+    finished = sorted(board.having(FINISHED), key=lambda s: _scores(s)[AFTER]["perplexity"])
     apart = _scored_apart(finished)
     columns = ("row", "changes", "perplexity", "KL to teacher", *(("tokens",) if apart else ()), "seconds")
     rows = [
         (
             s.name,
             changed(s) or "-",
-            f"{(after := _scores(s)[_AFTER])['perplexity']:.3f}",
+            f"{(after := _scores(s)[AFTER])['perplexity']:.3f}",
             _figure(after, "kl_to_teacher", ".4f"),
             *((_figure(after, "tokens", ",.0f"),) if apart else ()),
             f"{s.seconds:,.0f}",
@@ -68,7 +67,7 @@ def reference_line(board: Board) -> str:
     """The untrained student and the teacher, where all finished rows agree on them; otherwise nothing."""
     scored = [_scores(s) for s in board.having(FINISHED)]
     parts = []
-    for name in (_BEFORE, _TEACHER):
+    for name in (BEFORE, TEACHER):
         found = {_figure(scores.get(name, {}), "perplexity", ".3f") for scores in scored}
         if len(found) != 1 or "?" in found:
             return ""
@@ -109,7 +108,7 @@ def _live_row(state: RowState) -> tuple[str, ...]:
         eta = _time(state.eta()) if state.total else ""
         perplexity = "" if state.perplexity is None else f"{state.perplexity:.3f}"
     elif state.scores is not None:
-        perplexity = f"{state.scores[_AFTER]['perplexity']:.3f}"
+        perplexity = f"{state.scores[AFTER]['perplexity']:.3f}"
     elif state.error:
         note = state.error[:_LONGEST_NOTE]
     return (state.name, changed(state), state.state, step, note, eta, perplexity)
@@ -127,7 +126,7 @@ def _figure(scores: dict[str, float], key: str, form: str) -> str:
 
 
 def _scored_apart(finished: list[RowState]) -> bool:
-    return len({_figure(_scores(s)[_AFTER], "tokens", ",.0f") for s in finished}) > 1
+    return len({_figure(_scores(s)[AFTER], "tokens", ",.0f") for s in finished}) > 1
 
 
 def _value(value: Any) -> str:

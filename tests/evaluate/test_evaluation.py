@@ -14,11 +14,11 @@ from kdcache.evaluate import cached_teacher, saved_run
 from kdcache.evaluate.by_sequence import SequenceSums, ratio_error, teacher_errors
 from kdcache.evaluate.evaluation import Wanted, evaluate
 from kdcache.evaluate.results import earlier_results, write_results
-from kdcache.evaluate.saved_run import AFTER, BEFORE, TEACHER, Students, open_saved_run, score_saved_run
+from kdcache.evaluate.saved_run import Students, open_saved_run, score_saved_run
 from kdcache.evaluate.tables import leaderboard, score_table, task_table, write_page
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
-from kdcache.run_record import record_digest
+from kdcache.run_record import AFTER, BEFORE, TEACHER, record_digest
 from kdcache.student.collate import Collator
 from kdcache.student.distill import distill
 from kdcache.student.forward import loss_sums
