@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py                                    # the embedded models, made if need be
     python benchmarks/sweep.py --data alpaca/train.jsonl.gz --teacher alpaca-teacher --student alpaca-student
+    python benchmarks/sweep.py --proportions --skip-alone         # random weights, sizes to each other as in the reference
 
 ``kdcache teacher-cache`` and ``kdcache sweep`` of six rows (T x learning rate), the same rows by ``kdcache train-student``, and by
 a trainer with the 4-bit teacher in the loop, each a command of its own that loads its models, scores the student before and
@@ -31,6 +32,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 TEMPERATURES = (1.0, 2.0)
 RATES = (0.5, 1.0, 2.0)  # x the recipe's
+# Qwen2.5-3B and 0.5B with half the layers and 2/7 of the width: bodies of 7.6 : 1 as there. The vocabulary is the embedded one.
+PROPORTIONS = {
+    "teacher": {"hidden_size": 576, "intermediate_size": 3136, "num_hidden_layers": 18, "num_attention_heads": 9},
+    "student": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 4},
+}
+# As the reference trains: three epochs, activations recomputed. Few sequences, since only their time is of interest.
+AS_REFERENCE = ["training.epochs=3", "training.gradient_checkpointing=true", "data.train.split=train[:96]"]
 SCORES = ("loss", "perplexity", "kl_to_teacher")
 
 
@@ -57,9 +65,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/sweep-benchmark"), help="where everything goes, made anew"
     )
+    parser.add_argument(
+        "--proportions",
+        action="store_true",
+        help="embedded data, and models with random weights that are to each other as Qwen2.5-3B and 0.5B: for their time alone",
+    )
     parser.add_argument("--skip-alone", action="store_true", help="leave out the same rows as commands of their own")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="further recipe keys")
     args = parser.parse_args(arguments)
+    if args.proportions and args.data:
+        parser.error("--proportions makes its own models: leave out --data, --teacher and --student")
     if any((args.data, args.teacher, args.student)) and not all((args.data, args.teacher, args.student)):
         parser.error("give all of --data, --teacher and --student, or none for the embedded models")
     if args.work.exists():
@@ -70,9 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def recipe_of(args: argparse.Namespace) -> tuple[Path, list[str]]:
     """The recipe file and what is changed of it; Alpaca with the default selection, embedded otherwise."""
-    common = [
-        f"cache.directory={args.work}/cache", "training.epochs=1", f"training.max_steps={args.steps}", *args.overrides
-    ]  # fmt: skip
+    common = [f"cache.directory={args.work}/cache", "training.epochs=1", f"training.max_steps={args.steps}"]
+    if args.proportions:
+        common += [*AS_REFERENCE, *(f"{name}.model={args.work}/models/{name}" for name in PROPORTIONS)]
+    common += args.overrides
     if args.data is None:
         return HERE.parent / "recipes" / "embedded.yaml", common
     return HERE / "alpaca.yaml", [
@@ -96,6 +112,8 @@ def tables(args: argparse.Namespace) -> Iterator[str]:
     grid = {"loss.temperature": list(TEMPERATURES), "training.learning_rate": rates}
     if recipe.embedded is not None:
         kdcache("embedded", str(file), *common)
+    if args.proportions:
+        make_models(args.work / "models", Path(recipe.embedded.directory))
     found = machine()
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
@@ -127,6 +145,21 @@ def tables(args: argparse.Namespace) -> Iterator[str]:
     yield from times(len(rows), steps, teacher, sweep, alone, live_runs)
     yield from overhead(rows, swept, sweep, alone, equal)
     yield from scores(rows)
+
+
+def make_models(folder: Path, tokenizers: Path) -> None:
+    """Models of `PROPORTIONS` with random weights, and the embedded tokenizer."""
+    import transformers
+
+    for name, shape in PROPORTIONS.items():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers / name)
+        transformers.set_seed(0)
+        config = transformers.Qwen2Config(
+            vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=None, max_position_embeddings=512, dtype="bfloat16", **shape,
+        )  # fmt: skip
+        transformers.Qwen2ForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 @dataclass(frozen=True)

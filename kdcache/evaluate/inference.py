@@ -22,7 +22,8 @@ from kdcache.errors import ModelError
 from kdcache.evaluate.saved_run import refuse_missing_student, trained_recipe
 from kdcache.models import effective_dtype, first_line, refuse_missing_folder
 from kdcache.progress import Progress, Silent
-from kdcache.recipe import Recipe, StudentSection, TeacherSection
+from kdcache.recipe import Recipe, TeacherSection
+from kdcache.recipe_student import StudentSection
 from kdcache.run_record import INFERENCE_FILE, load_record, record_digest
 from kdcache.student.record import hardware
 

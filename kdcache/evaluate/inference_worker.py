@@ -28,6 +28,7 @@ import torch
 from kdcache.cache.files import write_file
 from kdcache.evaluate.perplexity import AUTOCAST
 from kdcache.models import first_line, load_adapter, load_model, quiet_libraries
+from kdcache.student.merged import fold_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,18 +99,9 @@ def speed(model: PreTrainedModel, request: dict[str, Any]) -> Figures:
 
 
 def merge(request: dict[str, Any]) -> Figures:
-    """Write the model with its adapter folded in, in bfloat16, to ``request["folder"]``.
-
-    A quantised base is unpacked first: an adapter folded into packed weights is rounded with them once more, and one folded
-    into the weights from before they were packed was trained for others.
-    """
-    import peft
-
-    model: Any = load_model(**request["load"])
-    if request["load"]["quantization"] != "none":
-        model = model.dequantize()
-    merged = peft.PeftModel.from_pretrained(model, request["adapter"]).merge_and_unload()
-    merged.to(torch.bfloat16).save_pretrained(request["folder"])
+    """Write the model with its adapter folded in, in bfloat16, to ``request["folder"]``."""
+    merged = fold_adapter(load_model(**request["load"]), Path(request["adapter"]), torch.bfloat16)
+    merged.save_pretrained(request["folder"])
     return {}
 
 

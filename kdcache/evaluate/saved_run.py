@@ -19,7 +19,8 @@ from kdcache.evaluate.cached_teacher import cached_teacher_model
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import load_adapter, refuse_missing_folder
 from kdcache.progress import Progress, Silent
-from kdcache.recipe import Recipe, StudentSection, parse_recipe
+from kdcache.recipe import Recipe, parse_recipe
+from kdcache.recipe_student import StudentSection
 from kdcache.run_record import AFTER, BEFORE, RECORD_FILE, TEACHER, RunRecord, load_record, read_json, record_digest
 from kdcache.student.agreement import VALIDATION
 from kdcache.student.assembly import load_student

@@ -13,7 +13,8 @@ from kdcache.errors import TrainingError
 from kdcache.evaluate.perplexity import Score
 from kdcache.models import attach_lora, first_line, load_model
 from kdcache.progress import Progress
-from kdcache.recipe import Recipe, StudentSection
+from kdcache.recipe import Recipe
+from kdcache.recipe_student import StudentSection
 from kdcache.recipe_training import LossSection, Ramp, Scheduled, describe, span_of, value_at
 from kdcache.run_record import AFTER, BEFORE
 from kdcache.student.agreement import TRAIN, VALIDATION

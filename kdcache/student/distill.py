@@ -18,7 +18,8 @@ from kdcache.errors import RecipeError
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
 from kdcache.models import refuse_narrow_head
 from kdcache.progress import Progress, Silent
-from kdcache.recipe import Recipe, StudentSection
+from kdcache.recipe import Recipe
+from kdcache.recipe_student import StudentSection
 from kdcache.run_record import AFTER, BEFORE, TEACHER
 from kdcache.student.agreement import VALIDATION, refuse_cut_away, refuse_unfit
 from kdcache.student.arguments import training_arguments

@@ -18,7 +18,8 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import RecipeError
 from kdcache.models import refuse_narrow_head
 from kdcache.progress import Progress, Silent
-from kdcache.recipe import Recipe, StudentSection
+from kdcache.recipe import Recipe
+from kdcache.recipe_student import StudentSection
 from kdcache.recipe_training import span_of
 from kdcache.student.agreement import TRAIN, VALIDATION
 from kdcache.student.arguments import training_arguments

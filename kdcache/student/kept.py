@@ -17,7 +17,8 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.store import open_cache
 from kdcache.evaluate.perplexity import Score
 from kdcache.progress import Progress
-from kdcache.recipe import Recipe, StudentSection
+from kdcache.recipe import Recipe
+from kdcache.recipe_student import StudentSection
 from kdcache.student.assembly import load_student
 from kdcache.student.processes import loaded_whole
 from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map

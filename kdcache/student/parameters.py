@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kdcache.errors import ModelError
 from kdcache.models import effective_dtype, first_line, quiet_libraries, refuse_missing_folder
-from kdcache.recipe import StudentSection
+from kdcache.recipe_student import StudentSection
 from kdcache.student.assembly import with_adapter
 
 if TYPE_CHECKING:

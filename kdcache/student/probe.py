@@ -21,7 +21,8 @@ import transformers
 
 from kdcache.errors import StorageError, TrainingError
 from kdcache.models import first_line
-from kdcache.recipe import Recipe, StudentSection
+from kdcache.recipe import Recipe
+from kdcache.recipe_student import StudentSection
 from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.batches import Batch
 from kdcache.student.bench import Bench, layers_of, padded_tokens

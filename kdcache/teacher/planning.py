@@ -27,7 +27,8 @@ from kdcache.progress import Progress
 from kdcache.token_maps import TokenMap, load_tokenizer, token_map
 
 if TYPE_CHECKING:
-    from kdcache.recipe import DataSection, Recipe, SourceSection, TeacherSection
+    from kdcache.recipe import Recipe, TeacherSection
+    from kdcache.recipe_data import DataSection, SourceSection
     from kdcache.recipe_selection import SelectionSection
 
 _OPEN = 1.0 - 2.0**-20

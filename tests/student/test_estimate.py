@@ -10,7 +10,8 @@ import transformers
 from kdcache import cli
 from kdcache.cache.reader import open_cache
 from kdcache.errors import CacheError, RecipeError
-from kdcache.recipe import StudentSection, parse_recipe
+from kdcache.recipe import parse_recipe
+from kdcache.recipe_student import StudentSection
 from kdcache.student import estimate as estimate_module
 from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.bench import Bench
