@@ -21,6 +21,7 @@ RECORD_FILE, LOG_FILE, TABLE_FILE, PLOT_FILE = "run.json", "log.csv", "table.md"
 # Measured of the finished student afterwards; each names the training it is of by `record_digest`.
 EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE = "evaluation.json", "evaluation.md", "inference.json"
 # The models that are scored, as run.json and evaluation.json name them.
+SEQUENCES_FILE = "by_sequence.csv"
 MODELS = BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 _NEEDED = ("recipe", "cache_id", "scores")
 _LIMIT = 256 << 20

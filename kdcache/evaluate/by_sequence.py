@@ -1,7 +1,6 @@
 """What a score hides: how far it is sure, and how often student and teacher would say the same token.
 
-Tokens of one text are alike, so standard errors are those of a ratio of sums over sequences (clusters): with ``x_s`` a
-sequence's sum, ``n_s`` its tokens and ``m = sum x / sum n``, the error is ``sqrt(S / (S - 1) * sum (x_s - m n_s)^2) / sum n``.
+Tokens of one text are alike, so standard errors are those of a ratio of sums over sequences, which are the clusters.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kdcache.cache.reader import Split
 from kdcache.head import Head
 from kdcache.models import head_of
+from kdcache.paired import ratio_error
 from kdcache.student.collate import IGNORED
 from kdcache.student.loss import CHUNK_BYTES, LossSums
 
@@ -69,6 +68,10 @@ class SequenceSums:
         for index, part in zip(batch["sequence_index"].tolist(), columns.split(sizes), strict=True):
             self._sums[index] = (float(len(part)), *part.sum(dim=0).tolist())
 
+    def losses(self) -> dict[int, tuple[float, float]]:
+        """Tokens and summed loss in nats by sequence."""
+        return {index: (found[0], found[1]) for index, found in self._sums.items()}
+
     def _best(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         weight_VD, bias_V = head_of(self._model)
         rows = max(1, CHUNK_BYTES // (4 * self._width))
@@ -93,19 +96,11 @@ class SequenceSums:
 
 def teacher_errors(split: Split, max_length: int | None) -> dict[str, float | None]:
     """The same fields for the teacher, which agrees with itself."""
-    sums = []
-    for sequence in split:
-        rows = sequence.cut(max_length).rows
-        if len(rows):
-            sums.append((-float(rows.label_log_prob.sum(dtype=np.float64)), len(rows)))
-    loss, tokens = np.array(sums, dtype=np.float64).T
+    tokens, loss = np.array(list(teacher_losses(split, max_length).values())).T
     return {"stderr": ratio_error(loss, tokens), "kl_stderr": 0.0, "top_1_agreement": 1.0, "top_1_stderr": 0.0}
 
 
-def ratio_error(sums_S: NDArray[np.float64], counts_S: NDArray[np.float64]) -> float | None:
-    """Standard error of ``sums.sum() / counts.sum()`` over clusters; None for fewer than two of them, or no counts."""
-    clusters, total = len(sums_S), float(counts_S.sum())
-    if clusters < 2 or not total:
-        return None
-    residuals = sums_S - sums_S.sum() / total * counts_S
-    return float(np.sqrt(clusters / (clusters - 1) * (residuals**2).sum()) / total)
+def teacher_losses(split: Split, max_length: int | None) -> dict[int, tuple[float, float]]:
+    """The teacher's tokens and summed loss in nats by sequence, from the cache."""
+    cut = ((i, sequence.cut(max_length).rows) for i, sequence in enumerate(split))
+    return {i: (float(len(rows)), -float(rows.label_log_prob.sum(dtype=np.float64))) for i, rows in cut if len(rows)}

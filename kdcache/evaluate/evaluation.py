@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcache.devices import give_back_memory
 from kdcache.errors import CacheError, ModelError
-from kdcache.evaluate.by_sequence import SequenceSums, teacher_errors
+from kdcache.evaluate.by_sequence import SequenceSums, teacher_errors, teacher_losses
 from kdcache.evaluate.generation import Prompts, answer_text, generate, judged, prompts_of, retention, scorer
 from kdcache.evaluate.harness import Harness, Measured, as_record
 from kdcache.evaluate.perplexity import teacher_score
@@ -28,6 +28,7 @@ from kdcache.evaluate.saved_run import (
     run_directories,
     run_score,
 )
+from kdcache.paired import Sums, write_losses
 from kdcache.progress import Progress, Silent
 from kdcache.run_record import AFTER, BEFORE, TEACHER
 from kdcache.token_maps import load_tokenizer
@@ -112,6 +113,7 @@ def evaluate(
     for run in sorted(opened, key=lambda r: order.index(r.base)):
         parts = session.measure(run)
         values = write_results(run.path, run.digest, run.cache.id, parts, progress)
+        write_losses(run.path, session.losses)
         yield Evaluation(run.path, values, tuple(session.parts), tuple(parts.get("tasks", ())))
     session.students.release()
 
@@ -127,6 +129,8 @@ class _Session:
         self._prompts: dict[str, Prompts] = {}
         self._harness: Harness | None = None
         self._once: dict[tuple[Any, ...], Any] = {}
+        # Of the run that was measured last.
+        self.losses: dict[str, Sums] = {}
 
     def prepare(self, runs: list[SavedRun]) -> None:
         """Everything that can fail without a model; then the teachers, which leave before the students come."""
@@ -168,7 +172,9 @@ class _Session:
         teacher = self._remembered(("score", run.cache.id, length), lambda: self._teacher_score(run))
         if (answers := self._once.get((TEACHER, run.cache.id))) is not None:
             said[TEACHER] = answers
-        parts: dict[str, Any] = {"scores": {BEFORE: before, AFTER: after, TEACHER: teacher}}
+        found = {BEFORE: before, AFTER: after, TEACHER: teacher}
+        self.losses = {name: losses for name, (_, losses) in found.items()}
+        parts: dict[str, Any] = {"scores": {name: score for name, (score, _) in found.items()}}
         if self.wanted.prompts:
             parts |= self._generation(run, {name: a.texts for name, a in said.items()})
         if self._harness is not None:
@@ -181,18 +187,16 @@ class _Session:
         found: _T = self._once[key]
         return found
 
-    def _score(self, run: SavedRun, model: PreTrainedModel, name: str) -> dict[str, Any]:
+    def _score(self, run: SavedRun, model: PreTrainedModel, name: str) -> tuple[dict[str, Any], Sums]:
         sums = SequenceSums(model, run.cache.vocab_size)
         with sums.listening():
             score = run_score(run, model, name, batch_size=self.wanted.batch_size, progress=self.progress, observe=sums)
-        return {**score.as_record(), **sums.as_record()}
+        return {**score.as_record(), **sums.as_record()}, sums.losses()
 
-    def _teacher_score(self, run: SavedRun) -> dict[str, Any]:
+    def _teacher_score(self, run: SavedRun) -> tuple[dict[str, Any], Sums]:
         length = run.recipe.training.max_length
-        return {
-            **teacher_score(run.validation, max_length=length).as_record(),
-            **teacher_errors(run.validation, length),
-        }
+        score = teacher_score(run.validation, max_length=length).as_record()
+        return {**score, **teacher_errors(run.validation, length)}, teacher_losses(run.validation, length)
 
     def _answers(self, run: SavedRun, model: PreTrainedModel, name: str, precision: str) -> _Answers:
         size, texts, tasks = self.wanted.batch_size or _BATCH, [], {}

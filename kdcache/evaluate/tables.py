@@ -11,6 +11,7 @@ from kdcache.evaluate.evaluation import Evaluation
 from kdcache.evaluate.generation import retention
 from kdcache.intervals import INTERVAL_NOTE, half_width
 from kdcache.markdown import table
+from kdcache.paired import difference, difference_text, read_losses
 from kdcache.run_record import AFTER, BEFORE, EVALUATION_PAGE, MODELS, TEACHER
 
 Rows = list[tuple[str, ...]]
@@ -90,22 +91,39 @@ def task_table(values: dict[str, Any], names: Sequence[str] | None = None) -> Ta
 
 
 def leaderboard(evaluations: Sequence[Evaluation]) -> Table:
-    """The students after training of several runs, in a row each, named as far as their paths differ."""
+    """The students after training of several runs, in a row each, named as far as their paths differ.
+
+    Each is held against the best, sequence by sequence.
+    """
     rows: Rows = []
+    losses = [read_losses(e.run, {m: s["loss"] for m, s in e.values["scores"].items()}) for e in evaluations]
+    best = min(range(len(evaluations)), key=lambda i: float(evaluations[i].values["scores"][AFTER]["loss"]))
     # Cut at different lengths, runs are scored on different tokens.
     apart = len({e.values["scores"][AFTER]["tokens"] for e in evaluations}) > 1
     folder = os.path.commonpath([evaluation.run.absolute().parent for evaluation in evaluations])
-    for evaluation in evaluations:
+    for i, evaluation in enumerate(evaluations):
+        own, least = losses[i], losses[best]
+        apart_from_best = None if own is None or least is None or i == best else difference(own, least, AFTER)
         score, values = evaluation.values["scores"][AFTER], evaluation.values
         # Generations kept from another call may have answered other prompts.
         kept = values["generation"].get("retention") if "generation" in evaluation.measured else None
         rows.append((
-            str(evaluation.run.absolute().relative_to(folder)), f"{score['loss']:.4f}", f"{score['perplexity']:.3f}", f"{score['kl_to_teacher']:.4f}",
-            _number(score["top_1_agreement"], 3),
+            str(evaluation.run.absolute().relative_to(folder)), f"{score['loss']:.4f}",
+            "best" if i == best else difference_text(apart_from_best),
+            f"{score['perplexity']:.3f}", f"{score['kl_to_teacher']:.4f}", _number(score["top_1_agreement"], 3),
             *((f"{score['tokens']:,}",) if apart else ()),
             "-" if not kept or kept["rouge_l"] is None else f"{kept['rouge_l']:.1f} %",
         ))  # fmt: skip
-    return ("run", "loss", "perplexity", "KL", "top-1", *(("tokens",) if apart else ()), "ROUGE-L kept"), rows
+    return (
+        "run",
+        "loss",
+        "above the best",
+        "perplexity",
+        "KL",
+        "top-1",
+        *(("tokens",) if apart else ()),
+        "ROUGE-L kept",
+    ), rows
 
 
 def sample_lines(values: dict[str, Any]) -> list[str]:

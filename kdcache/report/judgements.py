@@ -1,16 +1,50 @@
-"""What evaluate and bench-inference found, as tables: tasks with intervals, samples side by side, speed and size."""
+"""What evaluate and bench-inference found, as tables: how sure the order is, tasks with intervals, samples, speed and size."""
 
 from __future__ import annotations
 
 from kdcache.intervals import INTERVAL_NOTE
+from kdcache.paired import Losses, difference, difference_text, read_losses
 from kdcache.report.blocks import Answers, Block, Cell, Column, Folded, Line, Table, Text
 from kdcache.report.collect import Collection, Row
+from kdcache.report.comparable import Comparison
 from kdcache.report.judged import Task
 from kdcache.report.leaderboard import METRICS, figure_text, measure_text, rank
 from kdcache.report.spent import size
 from kdcache.run_record import AFTER, BEFORE, MODELS, TEACHER, number
 
 _OPEN_SAMPLES = 3
+
+
+def order(comparison: Comparison) -> tuple[Block, ...]:
+    """By how much each evaluated student loses against the best on the same sequences, and whether that is sure."""
+    tables = []
+    for rows in comparison.sets:
+        losses = {row.name: _losses(row) for row in sorted(rows, key=rank)}
+        known = {name: found for name, found in losses.items() if found is not None}
+        if len(known) < 2:
+            continue
+        best, *others = known
+        lines = [Line((Cell(best, best), Cell("the best", 0.0), Cell("-")))]
+        for name in others:
+            apart = difference(known[name], known[best], AFTER)
+            sure = "-" if apart is None else "yes" if apart.sure else "no"
+            value = None if apart is None else apart.value
+            lines.append(Line((Cell(name, name), Cell(difference_text(apart), value), Cell(sure))))
+        columns = (
+            Column("student", numeric=False),
+            Column("nats per token above the best", title="Difference of the losses, sequence by sequence"),
+            Column("sure", numeric=False, title="Whether the 95 % interval leaves out 0"),
+        )
+        tables.append(Table(f"Is it sure that {best} is the best?", columns, tuple(lines), sortable=True))
+    if not tables:
+        return ()
+    note = "±: half the 95 % interval of the difference over the same sequences, of the validation text alone: another seed of the "
+    return (*tables, Text(note + "training may differ by more.", "note"))
+
+
+def _losses(row: Row) -> Losses | None:
+    means = {model: n for model in MODELS if (n := row.evaluation.score(model, "loss")) is not None}
+    return read_losses(row.directory, means)
 
 
 def tasks(found: Collection) -> tuple[Block, ...]:

@@ -10,7 +10,7 @@ from kdcache.report.blocks import Block, Cell, Code, Column, Document, Folded, L
 from kdcache.report.collect import Collection, Row
 from kdcache.report.comparable import Comparison
 from kdcache.report.effects import Effect, effects
-from kdcache.report.judgements import inference, samples, tasks
+from kdcache.report.judgements import inference, order, samples, tasks
 from kdcache.report.leaderboard import figure_text, leaderboard, rank
 from kdcache.report.panels import bars, effect_figure, evaluation_curve, traces
 from kdcache.report.recipes import Base, bases, value_text
@@ -35,6 +35,7 @@ def compose(found: Collection, *, title: str, folder: str) -> Document:
             (
                 *(Text(warning, "warning") for warning in comparison.warnings()),
                 leaderboard(found, comparison, chosen),
+                *order(comparison),
                 *(Text(f"{row.name}: {note}.", "note") for row in found.rows for note in row.notes),
             ),
         ),

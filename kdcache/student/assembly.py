@@ -16,13 +16,13 @@ from kdcache.progress import Progress
 from kdcache.recipe import Recipe
 from kdcache.recipe_student import StudentSection
 from kdcache.recipe_training import LossSection, Ramp, Scheduled, describe, span_of, value_at
-from kdcache.run_record import AFTER, BEFORE
 from kdcache.student.agreement import TRAIN, VALIDATION
 from kdcache.student.batches import OrderOptions, SplitDataset
 from kdcache.student.collate import Collator, Tail, uses_draws
 from kdcache.student.log import CsvLog
 from kdcache.student.progress_callback import ProgressCallback
 from kdcache.student.record import RunDirectory
+from kdcache.student.symptoms import symptoms
 from kdcache.student.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def tell_of_steps(trainer: DistillationTrainer, progress: Progress) -> None:
     )
 
 
-def tell_of_end(trainer: DistillationTrainer, scores: dict[str, Score], progress: Progress) -> None:
+def tell_of_end(trainer: DistillationTrainer, scores: dict[str, Score], loss: LossSection, progress: Progress) -> None:
     """Say which student was kept and why, and whether it is any better."""
     state = trainer.state
     if state.global_step < trainer.total_steps:
@@ -175,12 +175,11 @@ def tell_of_end(trainer: DistillationTrainer, scores: dict[str, Score], progress
         progress.message(
             f"the student of step {state.best_global_step}, of the best evaluation, is the one that is saved"
         )
-    before, after = scores[BEFORE], scores[AFTER]
-    if after.loss > before.loss:
-        progress.warning(
-            f"the student is worse on the validation split than before (perplexity {before.perplexity:.3f}, now "
-            f"{after.perplexity:.3f}): train longer, or lower training.learning_rate"
-        )
+    # Where weights or the temperature move, the loss moves with them.
+    steady = not any(isinstance(value, Ramp) for value in (loss.temperature, loss.ce_weight, loss.kd_weight))
+    distils = span_of(loss.kd_weight)[1] > 0
+    for symptom in symptoms(state.log_history if steady else [], scores, distils=distils):
+        progress.warning(symptom)
 
 
 def _over_time(value: Scheduled) -> Any:

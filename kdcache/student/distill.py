@@ -202,7 +202,7 @@ def _distil(
             lambda: teacher_score(validation, max_length=training.max_length),
         ),
     }
-    tell_of_end(trainer, scores, progress)
+    tell_of_end(trainer, scores, recipe.loss, progress)
     record = run_record(
         recipe,
         cache,

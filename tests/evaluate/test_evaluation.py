@@ -11,11 +11,12 @@ import torch
 from kdcache.commands import app
 from kdcache.errors import CacheError, DataError, KdcacheError, ModelError, TrainingError
 from kdcache.evaluate import cached_teacher, saved_run
-from kdcache.evaluate.by_sequence import SequenceSums, ratio_error, teacher_errors
+from kdcache.evaluate.by_sequence import SequenceSums, teacher_errors
 from kdcache.evaluate.evaluation import Wanted, evaluate
 from kdcache.evaluate.results import earlier_results, write_results
 from kdcache.evaluate.saved_run import Students, open_saved_run, score_saved_run
 from kdcache.evaluate.tables import leaderboard, score_table, task_table, write_page
+from kdcache.paired import difference, difference_text, ratio_error, read_losses, write_losses
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.run_record import AFTER, BEFORE, TEACHER, record_digest
@@ -417,8 +418,62 @@ def test_tables_take_figures_that_are_missing(run):
     done.values["scores"][AFTER] |= {"stderr": None, "top_1_agreement": None, "top_1_stderr": None}
     _, rows = score_table(done.values)
     assert rows[1][2] == rows[1][5] == "-"
-    assert leaderboard([done])[1][0][4:] == ("-", "-")
+    assert leaderboard([done])[1][0][5:] == ("-", "-")
     # Generations of another call may have answered other prompts: only new ones stand beside each other.
     done.values["generation"] = {"retention": {"rouge_l": 50.0}}
-    assert leaderboard([done])[1][0][5] == "-"
-    assert leaderboard([replace(done, measured=("scores", "generation"))])[1][0][5] == "50.0 %"
+    assert leaderboard([done])[1][0][6] == "-"
+    assert leaderboard([replace(done, measured=("scores", "generation"))])[1][0][6] == "50.0 %"
+
+
+def test_a_difference_is_surer_than_the_losses_that_it_is_of(tmp_path):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(5, 60, 200)
+    hard = rng.normal(2, 0.8, 200)
+    for name, worse in (("a", 0.0), ("b", 0.05), ("c", 0.0)):
+        (tmp_path / name).mkdir()
+        nats = tokens * (hard + worse + rng.normal(0, 0.05, 200) * (name != "a"))
+        write_losses(tmp_path / name, {AFTER: {i: (n, x) for i, (n, x) in enumerate(zip(tokens, nats, strict=True))}})
+    a, b, c = (read(tmp_path / name) for name in "abc")
+    apart = difference(b, a, AFTER)
+    plain = b.nats_S[AFTER].sum() / tokens.sum() - a.nats_S[AFTER].sum() / tokens.sum()
+    assert apart.value == pytest.approx(plain)
+    assert apart.sure
+    assert apart.margin < 0.15 * 1.96 * ratio_error(a.nats_S[AFTER], tokens)
+    # Against the bootstrap of the difference itself.
+    draws = rng.integers(0, 200, (4000, 200))
+    differences = (b.nats_S[AFTER] - a.nats_S[AFTER])[draws].sum(1) / tokens[draws].sum(1)
+    assert apart.margin == pytest.approx(1.96 * differences.std(), rel=0.1)
+    assert abs(difference(c, a, AFTER).value) < apart.value / 2
+    assert difference(a, a, AFTER).value == 0
+    assert not difference(a, a, AFTER).sure
+    assert difference_text(None) == "-"
+    assert difference_text(apart).startswith("+0.0")
+
+
+def read(folder):
+    lines = (folder / "by_sequence.csv").read_text().splitlines()[1:]
+    tokens, nats = np.array([[float(x) for x in line.split(",")[1:]] for line in lines]).T
+    return read_losses(folder, {AFTER: nats.sum() / tokens.sum()})
+
+
+def test_losses_by_sequence_are_only_read_where_they_are_those_of_the_evaluation(sweep, tmp_path):
+    done = {e.run.name: e for e in evaluate([sweep / "a", sweep / "b"])}
+    means = {name: {m: s["loss"] for m, s in e.values["scores"].items()} for name, e in done.items()}
+    a, b = (read_losses(done[name].run, means[name]) for name in "ab")
+    split = open_saved_run(sweep / "a").validation
+    assert list(a.tokens_S) == [sequence.targets.sum() for sequence in split]
+    assert set(a.nats_S) == {"student before", AFTER, TEACHER}
+    apart = difference(b, a, AFTER)
+    assert apart.value == pytest.approx(means["b"][AFTER] - means["a"][AFTER], abs=1e-6)
+    columns, rows = leaderboard(list(done.values()))
+    assert columns[2] == "above the best"
+    assert sorted(row[2] == "best" for row in rows) == [False, True]
+    worse = apart if apart.value > 0 else difference(a, b, AFTER)
+    assert difference_text(worse) in {row[2] for row in rows}
+    # Of another evaluation, damaged, or absent: as if there were none.
+    assert read_losses(done["a"].run, {m: loss + 0.01 for m, loss in means["a"].items()}) is None
+    for text in ("", "sequence,tokens\n", "sequence,tokens,student after\n0,x,1\n", "sequence,tokens,student after\n0,3\n1,2,3\n",
+                 "sequence,tokens,student after\n0,0,nan\n", "\0"):  # fmt: skip
+        (tmp_path / "by_sequence.csv").write_text(text)
+        assert read_losses(tmp_path, {AFTER: 1.0}) is None
+    assert read_losses(tmp_path / "nowhere", {AFTER: 1.0}) is None

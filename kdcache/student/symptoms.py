@@ -1,0 +1,49 @@
+"""What the figures of a finished training say is wrong with it; docs/failures.md lists causes and remedies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdcache.evaluate.perplexity import Score
+from kdcache.run_record import AFTER, BEFORE, TEACHER
+
+_FEWEST = 10  # logged losses, below which a trend is chance
+_MOVED = 0.01  # of the loss: less is none
+
+
+def symptoms(log: Sequence[Mapping[str, Any]], scores: Mapping[str, Score], *, distils: bool = True) -> list[str]:
+    """One line for each thing that should not be so.
+
+    Args:
+        log: the trainer's history; entries with ``loss`` are those of the training.
+        scores: of the student before and after, and of the teacher, on the validation split.
+        distils: whether the KD term had any weight; without it nothing draws towards the teacher.
+    """
+    before, after, teacher = scores[BEFORE], scores[AFTER], scores[TEACHER]
+    found = []
+    losses = [float(line["loss"]) for line in log if "loss" in line]
+    if len(losses) >= _FEWEST:
+        part = max(1, len(losses) // 5)
+        first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+        if last > first * (1 - _MOVED):
+            found.append(
+                f"the training loss is flat: {first:.4f} in the first fifth of the steps, {last:.4f} in the last; raise "
+                "training.learning_rate, or train longer"
+            )
+    if after.loss > before.loss:
+        found.append(
+            f"the student is worse on the validation split than before (perplexity {before.perplexity:.3f}, now "
+            f"{after.perplexity:.3f}): train longer, or lower training.learning_rate"
+        )
+    elif distils and after.kl > before.kl:
+        found.append(
+            f"the student's loss fell while its KL to the teacher rose, {before.kl:.4f} to {after.kl:.4f}: it "
+            "learns the labels and leaves the teacher; raise loss.kd_weight against loss.ce_weight"
+        )
+    if distils and teacher.loss > before.loss:
+        found.append(
+            f"the teacher is worse on the validation split (perplexity {teacher.perplexity:.3f}) than the student before training "
+            f"({before.perplexity:.3f}): the KD term draws towards a worse model; lower loss.kd_weight, or take another teacher"
+        )
+    return found
