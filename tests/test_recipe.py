@@ -10,7 +10,7 @@ from kdcache.recipe_keys import recipe_keys
 from kdcache.recipe_yaml import read_values
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(p for folder in (".", "start", "tasks") for p in (ROOT / "recipes" / folder).glob("*.yaml"))
 MINIMAL = {"output": "o", "cache": {"directory": "c"}}
 
 
