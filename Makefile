@@ -4,6 +4,8 @@ VENV ?= .venv
 RECIPE ?= recipes/embedded.yaml
 WORKERS ?= 2
 SWEEP ?= recipes/sweeps/embedded.yaml
+REINFORCE ?= recipes/reinforce/embedded.yaml
+CHAIN ?= recipes/chains/embedded.yaml
 ARGS ?=
 CACHE ?= runs/embedded/cache
 RUN ?= runs/embedded/student
@@ -12,7 +14,7 @@ FLAGS ?= --resume
 KDCACHE = $(VENV)/bin/kdcache
 READY = $(VENV)/.ready
 
-.PHONY: help setup embedded teacher-cache train-student sweep evaluate bench-inference report paper-mini inspect fidelity verify repair subset merge push pull test soak gpu lint check constraints clean
+.PHONY: help setup embedded teacher-cache train-student sweep chain reinforce evaluate bench-inference export report paper-mini pipelines student-shapes export-cache import-cache inspect fidelity verify repair subset merge push pull test soak gpu lint check constraints clean
 
 help:  ## Show this list
 	@echo 'RECIPE=$(RECIPE) ARGS="key.path=value …" FLAGS="$(FLAGS)" CACHE=$(CACHE) RUN=$(RUN)'
@@ -40,17 +42,32 @@ train-student: $(READY)  ## Train the student of RECIPE from its cache (made fir
 sweep: $(READY)  ## Many students from one cache: SWEEP=recipes/sweeps/embedded.yaml
 	@$(KDCACHE) sweep $(SWEEP) $(ARGS)
 
+chain: $(READY)  ## Students that teach the next one: CHAIN=recipes/chains/embedded.yaml
+	@$(KDCACHE) chain $(CHAIN) $(ARGS)
+
+reinforce: $(READY)  ## Go on from a distilled student with GRPO: RUN=… REINFORCE=recipes/reinforce/embedded.yaml
+	@$(KDCACHE) reinforce $(RUN) $(REINFORCE) $(ARGS)
+
+student-shapes: $(READY)  ## Depth and width at a size: RECIPE=… ARGS="--parameters 50M"
+	@$(KDCACHE) student-shapes $(RECIPE) $(ARGS)
+
 evaluate: $(READY)  ## Judge finished runs: RUN=… ARGS="--generate 50 --samples 3 --tasks …"
 	@$(KDCACHE) evaluate $(RUN) $(ARGS)
 
 bench-inference: $(READY)  ## Speed, memory and size of the students of RUN=…
 	@$(KDCACHE) bench-inference $(RUN) $(ARGS)
 
+export: $(READY)  ## A finished student in other forms: RUN=… DEST=… ARGS="--to merged,gguf-q8_0"
+	@$(KDCACHE) export $(RUN) $(DEST) $(ARGS)
+
 report: $(READY)  ## Tables, plots and one page of RUN=… (runs or sweeps)
 	@$(KDCACHE) report $(RUN) $(ARGS)
 
 paper-mini: $(READY)  ## The reference paper's tables and figures in miniature (most of an hour): ARGS="--data … --teacher … --student …"
 	$(VENV)/bin/python benchmarks/paper_mini.py $(ARGS)
+
+pipelines: $(READY)  ## Every published pipeline in miniature (an hour): ARGS="--only pruned chain"
+	$(VENV)/bin/python benchmarks/pipelines.py $(ARGS)
 
 inspect: $(READY)  ## Facts about a cache: CACHE=…
 	@$(KDCACHE) inspect $(CACHE) $(ARGS)
@@ -69,6 +86,12 @@ subset: $(READY)  ## Part of a cache: CACHE=… DEST=… ARGS="--split train --s
 
 merge: $(READY)  ## Several caches as one: CACHE="ONE TWO" DEST=…
 	@$(KDCACHE) merge $(CACHE) $(DEST) $(ARGS)
+
+export-cache: $(READY)  ## A cache as others read it: CACHE=… DEST=… ARGS="--to axolotl"
+	@$(KDCACHE) export-cache $(CACHE) $(DEST) $(ARGS)
+
+import-cache: $(READY)  ## A cache that others made: SRC=… DEST=… ARGS="--from axolotl --tokenizer …"
+	@$(KDCACHE) import-cache $(SRC) $(DEST) $(ARGS)
 
 push: $(READY)  ## Send a cache: CACHE=… DEST=s3://…, hf://datasets/…, a directory
 	@$(KDCACHE) push $(CACHE) $(DEST) $(ARGS)

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py                                    # the embedded models, made if need be
     python benchmarks/sweep.py --data alpaca/train.jsonl.gz --teacher alpaca-teacher --student alpaca-student
-    python benchmarks/sweep.py --proportions --skip-alone         # random weights, sizes to each other as in the reference
+    python benchmarks/sweep.py --proportions --skip-alone         # random weights, layers of the reference's shapes
 
 ``kdcache teacher-cache`` and ``kdcache sweep`` of six rows (T x learning rate), the same rows by ``kdcache train-student``, and by
 a trainer with the 4-bit teacher in the loop, each a command of its own that loads its models, scores the student before and
@@ -32,16 +32,16 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 TEMPERATURES = (1.0, 2.0)
 RATES = (0.5, 1.0, 2.0)  # x the recipe's
-# Qwen2.5-3B and 0.5B with half the layers and 2/7 of the width: bodies of 7.6 : 1 as there. The vocabulary is the embedded one.
+# Layers of Qwen2.5-3B and 0.5B in their true shapes, a sixth of each model's. The vocabulary is the embedded one.
 PROPORTIONS = {
-    "teacher": {"hidden_size": 576, "intermediate_size": 3136, "num_hidden_layers": 18, "num_attention_heads": 9},
-    "student": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 4},
+    "teacher": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 6, "num_attention_heads": 16},
+    "student": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 4, "num_attention_heads": 14},
 }
 # As the reference trains: three epochs, activations recomputed, a validation split of a fifth of the train split. Few
 # sequences, since only their time is of interest.
 AS_REFERENCE = [
-    "training.epochs=3", "training.gradient_checkpointing=true", "data.train.split=train[:160]",
-    "data.validation.split=train[:32]",
+    "training.epochs=3", "training.gradient_checkpointing=true", "data.train.split=train[:64]",
+    "data.validation.split=train[:13]",
 ]  # fmt: skip
 SCORES = ("loss", "perplexity", "kl_to_teacher")
 
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--proportions",
         action="store_true",
-        help="embedded data, and models with random weights that are to each other as Qwen2.5-3B and 0.5B: for their time alone",
+        help="embedded data, and a sixth of the layers of Qwen2.5-3B and 0.5B with random weights: for their time alone",
     )
     parser.add_argument("--skip-alone", action="store_true", help="leave out the same rows as commands of their own")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="further recipe keys")
@@ -159,7 +159,7 @@ def make_models(folder: Path, tokenizers: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers / name)
         transformers.set_seed(0)
         config = transformers.Qwen2Config(
-            vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id, bos_token_id=None, max_position_embeddings=512, dtype="bfloat16", **shape,
         )  # fmt: skip
         transformers.Qwen2ForCausalLM(config).save_pretrained(folder / name)

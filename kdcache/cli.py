@@ -16,12 +16,17 @@ import typer
 # Imported for the commands they register, in the order in which --help lists them.
 import kdcache.commands.recipes
 
+import kdcache.commands.students  # isort: skip
 import kdcache.commands.sweeps  # isort: skip
+import kdcache.commands.chains  # isort: skip
+import kdcache.commands.reinforcement  # isort: skip
 import kdcache.commands.evaluation  # isort: skip
 import kdcache.commands.inference  # isort: skip
 import kdcache.commands.reports  # isort: skip
+import kdcache.commands.exports  # isort: skip
 import kdcache.commands.caches  # isort: skip
 import kdcache.commands.derive  # isort: skip
+import kdcache.commands.exchange  # isort: skip
 import kdcache.commands.sharing  # noqa: F401 # isort: skip
 from kdcache.commands.app import app, say
 from kdcache.console import printable

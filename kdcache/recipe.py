@@ -15,10 +15,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from kdcache.cache.layout import SHARD_LIMIT
 from kdcache.errors import RecipeError
+from kdcache.recipe_chain import ChainSection
 from kdcache.recipe_data import DataSection
 from kdcache.recipe_keys import explain
 from kdcache.recipe_selection import Section, SelectionSection
-from kdcache.recipe_student import Device, Dtype, Quantization, StudentSection
+from kdcache.recipe_student import Device, Dtype, Quantization, StudentSection, with_teacher_as_student
 from kdcache.recipe_sweep import SweepSection
 from kdcache.recipe_training import LossSection, TrainingSection
 from kdcache.recipe_yaml import read_values
@@ -54,16 +55,43 @@ class TeacherSection(Section):
     )
 
 
+class MixedCacheSection(Section):
+    """A further cache of a mixture."""
+
+    directory: str = Field(description="Cache directory or URL.")
+    weight: float = Field(1.0, gt=0, description="Share of its teacher, before division by the sum of the weights.")
+
+
 class CacheSection(Section):
     """Where the cache lies and how it is cut."""
 
     directory: str = Field(description="Cache directory; the thing to share.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of this cache in a mixture; the weights are divided by their sum."
+    )
+    mixture: tuple[MixedCacheSection, ...] = Field(
+        (),
+        max_length=64,
+        description="Further caches over the same token ids, such as [{directory: runs/b/cache, weight: 0.5}]: the student learns "
+        "from the weighted mean of the teachers' distributions. teacher-cache makes cache.directory alone.",
+    )
     positions_per_shard: int = Field(
         65536,
         ge=1,
         le=1 << 24,
         description="A shard is closed when it holds this many; a killed run loses at most one shard.",
     )
+
+    @property
+    def places(self) -> tuple[tuple[str, float], ...]:
+        """Every cache that a student learns from, with its weight; the first is the one that teacher-cache makes."""
+        return ((self.directory, self.weight), *((part.directory, part.weight) for part in self.mixture))
+
+    @model_validator(mode="after")
+    def _weights_of_a_mixture(self) -> CacheSection:
+        if self.weight != 1 and not self.mixture:
+            raise ValueError("cache.weight goes with cache.mixture, which is not there")
+        return self
 
 
 class Recipe(Section):
@@ -82,6 +110,25 @@ class Recipe(Section):
     loss: LossSection = Field(default_factory=lambda: LossSection(), description="What is minimised.")
     training: TrainingSection = Field(default_factory=lambda: TrainingSection(), description="How long and how fast.")
     sweep: SweepSection | None = Field(None, description="Many students from one cache; of kdcache sweep alone.")
+    chain: ChainSection | None = Field(
+        None, description="Students that teach the next one, stage by stage; of kdcache chain alone."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _self_taught(cls, values: Any) -> Any:
+        return with_teacher_as_student(values)
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> Recipe:
+        # What a made student is must be said by its own section: it is loaded by others who see no more than that.
+        init = None if self.student is None else self.student.init
+        if self.student is not None and init is not None and init.method == "scale" and init.seed is None:
+            own = init.model_copy(update={"seed": self.seed})
+            # Nobody has said it: rows of a sweep and stages of a chain that change the recipe's seed fill in their own.
+            own.model_fields_set.discard("seed")
+            self.__dict__["student"] = self.student.model_copy(update={"init": own})
+        return self
 
     @model_validator(mode="after")
     def _shards_fit(self) -> Recipe:

@@ -45,7 +45,7 @@ def explain(exc: ValidationError, model: type[BaseModel]) -> str:
         for e in exc.errors()
         if not (e["loc"][-1:] == ("float",) and isinstance(e["input"], dict)) and e["type"] != "model_type"
     ]
-    errors = sorted(meant, key=lambda e: e["type"] != "extra_forbidden")
+    errors = sorted(meant or exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
     error = errors[0]
     path = [str(p) for p in error["loc"]]
     # A number or a ramp: pydantic names which of the two it tried.

@@ -45,7 +45,7 @@ def describe(scheduled: Scheduled) -> str:
 
 
 class LossSection(Section):
-    """ce_weight * CE + kd_weight * temperature^2 * divergence(teacher_T, student_T)."""
+    """ce_weight * CE + kd_weight * temperature^2 * divergence(teacher_T, student_T) + hidden_weight * MSE(hidden states)."""
 
     temperature: Scheduled = Field(
         2.0, description="T of the KL term: a number, or {start, end, shape: linear or cosine} over the training."
@@ -72,6 +72,29 @@ class LossSection(Section):
         "divergence is forward_kl or soft_ce, otherwise lumped.",
     )
 
+    hidden_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the squared distance to a live teacher's hidden states; the teacher then runs beside the student.",
+    )
+    hidden_layers: tuple[int, ...] | None = Field(
+        None, description="Layers of the student that are compared, 0 for the embeddings; null: every layer."
+    )
+
+    @model_validator(mode="after")
+    def _hidden_states(self) -> LossSection:
+        layers = self.hidden_layers
+        if layers is None:
+            return self
+        if not self.hidden_weight:
+            raise ValueError("loss.hidden_layers goes with loss.hidden_weight above 0; leave it out")
+        if not layers or any(b <= a for a, b in zip((-1, *layers), layers, strict=False)):
+            raise ValueError(
+                f"loss.hidden_layers should name layers from 0 (the embeddings) on in rising order, none of them twice, found "
+                f"{list(layers)}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossSection:
         for key in ("temperature", "ce_weight", "kd_weight"):
@@ -79,7 +102,7 @@ class LossSection(Section):
             if not (0 <= low <= high < math.inf) or (key == "temperature" and not 0 < low <= high <= 100):
                 wanted = "above 0 and at most 100" if key == "temperature" else "at least 0"
                 raise ValueError(f"recipe key loss.{key} should be {wanted}, found {describe(getattr(self, key))}")
-        if span_of(self.ce_weight)[1] == 0 and span_of(self.kd_weight)[1] == 0:
+        if span_of(self.ce_weight)[1] == 0 and span_of(self.kd_weight)[1] == 0 and not self.hidden_weight:
             raise ValueError("loss.ce_weight and loss.kd_weight are both 0: nothing to learn")
         if self.tail == "renormalised" and self.divergence in ("reverse_kl", "jsd"):
             raise ValueError(f"loss.divergence {self.divergence} needs the mass outside: loss.tail auto or lumped")

@@ -189,3 +189,8 @@ def test_bad_bases_are_explained(tmp_path, text, message):
 def test_base_is_a_key_of_files_alone():
     with pytest.raises(RecipeError, match="unknown recipe key base"):
         parse_recipe({**MINIMAL, "base": "x"})
+
+
+def test_a_section_that_is_no_section_is_named():
+    with pytest.raises(RecipeError, match=r"^recipe key training: .*found None$"):
+        parse_recipe({**MINIMAL, "training": None})

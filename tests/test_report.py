@@ -25,7 +25,7 @@ from kdcache.report.collect import Row, collect
 from kdcache.report.effects import effects
 from kdcache.report.judged import Evaluation, Inference
 from kdcache.report.markdown import markdown
-from kdcache.report.recipes import bases, differences
+from kdcache.report.recipes import bases, differences, varied
 from kdcache.report.run_page import smoothed
 from kdcache.report.sections import compose
 from kdcache.report.write import write_report
@@ -330,6 +330,22 @@ def test_differences_are_keys_that_can_be_overridden(tmp_path, changes, expected
     assert words[:3] == ["kdcache", "train-student", str(tmp_path / "recipe.yaml")]
     values = read_values(tmp_path / "recipe.yaml", words[3:])
     assert {**values, "output": 0} == {**base.rows[1].recipe, "output": 0}
+
+
+def test_where_the_caches_of_a_mixture_lie_is_no_difference_and_how_they_are_mixed_is(tmp_path):
+    def mixed(folder, weight):
+        return {"cache.mixture": [{"directory": f"{folder}/b", "weight": weight}]}
+
+    make_run(tmp_path / "a", changes=mixed("/here", 2.0))
+    make_run(tmp_path / "b", changes=mixed("/there", 2.0))
+    make_run(tmp_path / "c", changes=mixed("/here", 3.0))
+    make_run(tmp_path / "d")
+    for others, expected in (("ab", []), ("abc", ["cache.mixture"]), ("ad", ["cache.mixture"])):
+        [base] = bases(collect([tmp_path / name for name in others]))
+        assert varied(base) == expected
+    # A command that repeats the row still says where they are.
+    [base] = bases(collect([tmp_path / "a", tmp_path / "b"]))
+    assert "/there/b" in base.command(base.rows[1], "out")
 
 
 def test_a_key_that_another_version_does_not_know_is_no_difference():

@@ -82,9 +82,11 @@ def offenders(folder, *forbidden):
                 room,
                 ("torch", "kdcache.cache", "kdcache.recipe", "kdcache.report", "kdcache.evaluate", "kdcache.student"),
             )
-            for room in ("markdown.py", "intervals.py", "run_record.py", "sweep_record.py")
+            for room in ("markdown.py", "intervals.py", "run_record.py", "sweep_record.py", "chain_record.py")
         ),
         ("sweep/", ("kdcache.teacher", "kdcache.data", "kdcache.embedded", "kdcache.report")),
+        ("chain/", ("kdcache.data", "kdcache.embedded", "kdcache.report", "kdcache.sweep")),
+        *((room, ("kdcache.chain",)) for room in ("cache/", "teacher/", "student/", "evaluate/", "report/", "sweep/")),
         (
             "student/loss.py",
             ("kdcache.cache", "kdcache.recipe", "kdcache.models", "kdcache.student.collate", "kdcache.student.trainer"),
@@ -133,6 +135,8 @@ ORDER = [
     "share",
     "hub",
     "store",
+    "mixable",
+    "mixture",
 ]
 
 

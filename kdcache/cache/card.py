@@ -19,7 +19,7 @@ _SIZES = (
     (10**8, "10M<n<100M"),
     (10**9, "100M<n<1B"),
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _UNKNOWN_LICENCE = "unknown"
@@ -148,7 +148,7 @@ def _origin(plan: Plan) -> list[str]:
 
 
 def _is_hub_id(name: str, revision: str | None) -> bool:
-    return revision is not None and bool(_COMMIT.fullmatch(revision)) and bool(_HUB_ID.fullmatch(name))
+    return revision is not None and bool(_COMMIT.fullmatch(revision)) and bool(HUB_ID.fullmatch(name))
 
 
 def _plain(text: str) -> str:

@@ -36,7 +36,7 @@ RunsArgument = Annotated[
     list[Path],
     typer.Argument(
         metavar="RUN",
-        help="Run directories of kdcache train-student; a directory of kdcache sweep stands for its finished rows.",
+        help="Run directories of kdcache train-student; a directory of kdcache sweep or chain stands for what is finished.",
         show_default=False,
     ),
 ]

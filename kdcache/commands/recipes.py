@@ -22,7 +22,7 @@ from kdcache.commands.app import (
     say_scores,
     say_table,
 )
-from kdcache.console import text_table
+from kdcache.console import byte_size, text_table
 from kdcache.summary import capture_lines, estimate_lines
 
 if TYPE_CHECKING:
@@ -65,11 +65,24 @@ def teacher_cache(
     if dry_run:
         from kdcache.teacher.estimate import estimate
 
-        say_lines(estimate_lines(estimate(chosen, progress)))
+        found = estimate(chosen, progress)
+        say_lines(estimate_lines(found))
+        if found.answering is not None:
+            say(f"  of which {found.answering}")
+        if found.waiting_bytes:
+            say(
+                f"  {byte_size(found.waiting_bytes)} of hidden states wait in {chosen.cache.directory}.generating meanwhile"
+            )
         return
-    from kdcache.teacher.capture import ShareResult, capture_share
+    from kdcache.teacher.capture import AnswerShare, ShareResult, capture_share
 
     done = capture_share(chosen, share, progress)
+    if isinstance(done, AnswerShare):
+        say(
+            f"{share}: {done.batches_made} batches answered in {done.seconds:.0f} s; {done.unfinished} batches are still to come from "
+            "other workers. Whoever is last makes the cache; if one was stopped, kdcache teacher-cache does what is left"
+        )
+        return
     if isinstance(done, ShareResult):
         say(
             f"{share}: {done.shards_made} shards made in {done.seconds:.0f} s; {len(done.unfinished)} of "

@@ -19,7 +19,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_OR_SWEEP...",
-            help="Run directories of kdcache train-student, sweep directories of kdcache sweep.",
+            help="Run directories of kdcache train-student, directories of kdcache sweep and kdcache chain.",
             show_default=False,
         ),
     ],

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import DataError
+from kdcache.errors import DataError, KdcacheError
 
 if TYPE_CHECKING:
     import datasets
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _SHAPE_COLUMNS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+# Where somebody else answers, and plain text asks nothing.
+_PROMPT_COLUMNS = {"instruction": ("instruction",), "chat": ("messages",)}
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -41,13 +43,17 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """A sized, iterable set of examples that were read lazily from a data set."""
+    """An iterable set of examples that are read lazily from a data set; sized, unless it is a stream.
+
+    Without ``answers`` an example is what is asked: its conversation ends with the last user turn.
+    """
 
     name: str
     selected: str
     shape: str
     columns: Mapping[str, str]
-    rows: datasets.Dataset
+    rows: datasets.Dataset | datasets.IterableDataset
+    answers: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,8 +64,10 @@ class ExampleSet:
         try:
             for index, row in enumerate(self.rows):
                 yield convert(index, row)
-        except UnicodeDecodeError as exc:
-            # The JSON reader lets foreign bytes through; they surface when a row is looked at.
+        except KdcacheError:
+            raise
+        except Exception as exc:
+            # The JSON reader lets foreign bytes through, and a stream can break anywhere: both surface when a row is read.
             raise DataError(f"{self.name} {self.selected}, row {index + 1}: {_cause(exc)}") from exc
 
     def _column(self, row: Mapping[str, Any], key: str, index: int) -> str:
@@ -75,8 +83,10 @@ class ExampleSet:
 
     def _instruction(self, index: int, row: Mapping[str, Any]) -> Example:
         instruction, extra = self._column(row, "instruction", index), self._column(row, "input", index)
-        output = self._column(row, "output", index)
         question = f"{instruction}\n{extra}" if extra.strip() else instruction
+        if not self.answers:
+            return Example(index, messages=(Message("user", question),), empty=not question.strip())
+        output = self._column(row, "output", index)
         return Example(
             index, messages=(Message("user", question), Message("assistant", output)), empty=not output.strip()
         )
@@ -97,6 +107,9 @@ class ExampleSet:
                     f"and text content, found role {role!r} and content of type {type(content).__name__}"
                 )
             messages.append(Message(role, content))
+        if not self.answers:
+            asked = max((i for i, m in enumerate(messages) if m.role == "user" and m.content.strip()), default=-1)
+            return Example(index, messages=tuple(messages[: asked + 1]), empty=asked < 0)
         said = any(m.role == "assistant" and m.content.strip() for m in messages)
         return Example(index, messages=tuple(messages), empty=not said)
 
@@ -113,6 +126,10 @@ def load_examples(
     revision: str | None = None,
     shape: str = "auto",
     columns: Mapping[str, str] | None = None,
+    answers: bool = True,
+    stream: bool = False,
+    skip: int = 0,
+    take: int | None = None,
 ) -> ExampleSet:
     """Open a data set from the Hub, a local file or a local directory.
 
@@ -124,28 +141,49 @@ def load_examples(
         revision: commit, tag or branch of a Hub data set.
         shape: instruction, chat, text, or auto to choose by the columns.
         columns: the data set's column for each of ours, where they differ.
+        answers: whether responses are wanted; without them no column is needed for them.
+        stream: read row after row from the beginning, without a look at the rest; ``split`` has no slice.
+        skip: examples of the stream that are passed over.
+        take: examples of the stream behind them, or all.
 
     Raises:
         DataError: missing, empty, unreadable, or without the columns that the shape needs.
     """
     columns = dict(columns or {})
-    rows = _load(path, split=split, name=name, revision=revision)
+    rows = load_rows(path, split=split, name=name, revision=revision, stream=stream)
     shown = Path(path).name if _is_local(path) else path
-    if len(rows) == 0:
-        raise DataError(f"{path} {split} has no rows; choose another split or slice")
-    found = set(rows.column_names)
-    fits = [s for s, needed in _SHAPE_COLUMNS.items() if all(columns.get(c, c) in found for c in needed)]
+    if stream:
+        # What a stream holds is known once its first row is read.
+        found = set(_first_row(rows, path, split))
+        rows = rows.skip(skip)
+        rows = rows if take is None else rows.take(take)
+    else:
+        if len(rows) == 0:
+            raise DataError(f"{path} {split} has no rows; choose another split or slice")
+        found = set(rows.column_names)
+    shapes = _SHAPE_COLUMNS if answers else _PROMPT_COLUMNS
+    fits = [s for s, needed in shapes.items() if all(columns.get(c, c) in found for c in needed)]
     if shape == "auto" and fits:
         shape = fits[0]
     if shape not in fits:
-        needed = _SHAPE_COLUMNS.get(shape)
+        needed = shapes.get(shape)
         expected = " or ".join(
-            " and ".join(columns.get(c, c) for c in cols) for cols in ([needed] if needed else _SHAPE_COLUMNS.values())
+            " and ".join(columns.get(c, c) for c in cols) for cols in ([needed] if needed else shapes.values())
         )
         raise DataError(
             f"{path} should have the columns {expected}, found {', '.join(sorted(found))}; name them with data.columns"
         )
-    return ExampleSet(shown, split, shape, columns, rows)
+    return ExampleSet(shown, split, shape, columns, rows, answers)
+
+
+def _first_row(rows: Any, path: str, split: str) -> Mapping[str, Any]:
+    try:
+        row: Mapping[str, Any] = next(iter(rows))
+    except StopIteration:
+        raise DataError(f"{path} {split} has no rows; choose another data set or split") from None
+    except Exception as exc:
+        raise DataError(f"cannot read {path} {split}: {_cause(exc)}") from exc
+    return row
 
 
 def _is_local(path: str) -> bool:
@@ -158,7 +196,14 @@ def _suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _load(path: str, *, split: str, name: str | None, revision: str | None) -> datasets.Dataset:
+def load_rows(
+    path: str, *, split: str = "train", name: str | None = None, revision: str | None = None, stream: bool = False
+) -> Any:
+    """The rows of a data set: a ``datasets.Dataset``, or for a stream an ``IterableDataset``. Arguments as `load_examples`.
+
+    Raises:
+        DataError: missing, empty or unreadable.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -166,19 +211,21 @@ def _load(path: str, *, split: str, name: str | None, revision: str | None) -> d
     local = Path(path).expanduser()
     try:
         if not _is_local(path):
-            return datasets.load_dataset(path, name, split=split, revision=revision)
+            return datasets.load_dataset(path, name, split=split, revision=revision, streaming=stream)
         if not local.exists():
             raise DataError(f"the data file {path} does not exist")
         if local.is_file() and local.stat().st_size == 0:
             raise DataError(f"the data file {path} is empty")
         if local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
-            return _saved(datasets.load_from_disk(str(local)), path, split)
+            saved = _saved(datasets.load_from_disk(str(local)), path, split)
+            return saved.to_iterable_dataset() if stream else saved
         if local.is_dir():
-            return datasets.load_dataset(str(local), name, split=split)
+            return datasets.load_dataset(str(local), name, split=split, streaming=stream)
         builder = _BUILDERS.get(_suffix(local))
         if builder is None:
             raise DataError(f"{path} should end in {', '.join(_BUILDERS)} (optionally .gz)")
-        return datasets.load_dataset(builder, data_files={split.partition("[")[0]: str(local)}, split=split)
+        files = {split.partition("[")[0]: str(local)}
+        return datasets.load_dataset(builder, data_files=files, split=split, streaming=stream)
     except DataError:
         raise
     except Exception as exc:

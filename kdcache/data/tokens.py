@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,11 @@ class TokenRows:
     dropped_no_target: int
     truncated: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.ids) for row in self.rows)
+
 
 def template_sha256(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str | None:
     """Hex SHA-256 of the chat template, None where the prompt is plain."""
@@ -73,6 +78,8 @@ def tokenise(
     system: str | None = None,
     date: str = "2024-07-26",
     max_length: int,
+    budget: int | None = None,
+    on_row: Callable[[int], None] = lambda tokens: None,
 ) -> TokenRows:
     """Token rows of at most ``max_length`` tokens, in the order of the examples.
 
@@ -83,18 +90,16 @@ def tokenise(
         system: message put before a conversation that has none.
         date: the day (ISO) that templates which write the date are given.
         max_length: longer sequences are cut at the end and counted as truncated.
+        budget: tokens of all rows together; the example that would go beyond is the last that is read, and is left out.
+        on_row: called with the tokens of each row.
 
     Raises:
         TokenizerError: no end-of-sequence token or no chat template.
         DataError: a conversation that the template refuses or renders differently as it grows.
     """
-    if tokenizer.eos_token_id is None:
-        raise TokenizerError(
-            f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which every response should end "
-            "with; set eos_token in its tokenizer_config.json"
-        )
+    refuse_endless(tokenizer)
     rows: list[TokenRow] = []
-    total = empty = targetless = truncated = 0
+    total = empty = targetless = truncated = tokens = 0
     for example in examples:
         total += 1
         if example.empty:
@@ -107,20 +112,68 @@ def tokenise(
         ids, targets = _encode(segments, tokenizer)
         if example.text is not None or prompt == "plain":
             ids, targets = _with_bos(ids, targets, tokenizer)
-        truncated += len(ids) > max_length
         row = TokenRow(example.index, ids[:max_length], targets[:max_length].copy())
         row.targets[:1] = False
+        if budget is not None and row.positions and tokens + len(row.ids) > budget:
+            total -= 1
+            break
+        truncated += len(ids) > max_length
         if row.positions:
             rows.append(row)
+            tokens += len(row.ids)
+            on_row(len(row.ids))
         else:
             targetless += 1
     return TokenRows(rows, total, empty, targetless, truncated)
 
 
+def document(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """A plain text with the tokenizer's beginning, where it puts one, and its end: uint32 ids ``[L]`` and bool targets
+    ``[L]``, all but the beginning."""
+    return _with_bos(*_encode([(example.text or "", True), (str(tokenizer.eos_token), True)], tokenizer), tokenizer)
+
+
+def prompt_ids(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt: str = "chat",
+    system: str | None = None,
+    date: str = "2024-07-26",
+) -> NDArray[np.uint32]:
+    """uint32 ids ``[L]`` of a conversation that waits for its next answer, as `tokenise` has them before a response.
+
+    Raises:
+        TokenizerError: no chat template for ``prompt="chat"``.
+        DataError: a conversation that the template refuses or renders differently as it grows.
+    """
+    ids, targets = _encode(_segments(example, tokenizer, prompt, system, date, answer=False), tokenizer)
+    return _with_bos(ids, targets, tokenizer)[0] if prompt == "plain" else ids
+
+
+def refuse_endless(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every response ends.
+
+    Raises:
+        TokenizerError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise TokenizerError(
+            f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which every response should end "
+            "with; set eos_token in its tokenizer_config.json"
+        )
+
+
 def _segments(
-    example: Example, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, date: str
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str | None,
+    date: str,
+    *,
+    answer: bool = True,
 ) -> Segments:
-    """Text pieces in order, each with whether it is learnt."""
+    """Text pieces in order, each with whether it is learnt; without the ``answer``, up to where one would begin."""
     eos = str(tokenizer.eos_token)
     if example.text is not None:
         return [(example.text, True), (eos, True)]
@@ -131,7 +184,7 @@ def _segments(
         return _plain(messages, eos)
     if not tokenizer.chat_template:
         raise TokenizerError(f"the tokenizer {tokenizer.name_or_path} has no chat template; use data.prompt plain")
-    return _chat(messages, tokenizer, eos, example.index, date)
+    return _chat(messages, tokenizer, eos, example.index, date, answer)
 
 
 def _plain(messages: list[dict[str, str]], eos: str) -> Segments:
@@ -145,27 +198,41 @@ def _plain(messages: list[dict[str, str]], eos: str) -> Segments:
 
 
 def _chat(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eos: str, index: int, date: str
+    messages: list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: str,
+    index: int,
+    date: str,
+    answer: bool,
 ) -> Segments:
     segments: Segments = []
     done = ""
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:turn], tokenizer, index, date, generation=True)
-        through = _render(messages[: turn + 1], tokenizer, index, date, generation=False)
-        if not before.startswith(done) or not through.startswith(before):
+
+    def refuse_rewritten(rendered: str, earlier: str) -> None:
+        if not rendered.startswith(earlier):
             raise DataError(
                 f"example {index}: the chat template of {tokenizer.name_or_path} renders earlier turns differently "
                 "once later ones follow, so a turn's tokens cannot be told apart; give the tokenizer a template "
                 "that only appends, or use data.prompt plain"
             )
+
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(messages[:turn], tokenizer, index, date, generation=True)
+        through = _render(messages[: turn + 1], tokenizer, index, date, generation=False)
+        refuse_rewritten(before, done)
+        refuse_rewritten(through, before)
         response = through[len(before) :]
         end = response.rfind(eos)
         # A template that closes turns with another token than the tokenizer's still learns one real end.
         learnt = response[: end + len(eos)] if end >= 0 else response + eos * (message is messages[-1])
         segments += [(before[len(done) :], False), (learnt, True)]
         done = before + learnt if end >= 0 else through
+    if not answer:
+        before = _render(messages, tokenizer, index, date, generation=True)
+        refuse_rewritten(before, done)
+        segments.append((before[len(done) :], False))
     return segments
 
 

@@ -26,15 +26,18 @@ class SequenceSums:
     """Sums over each sequence of a split, gathered as `score_in_batches` scores it.
 
     Top-1: the student's most probable token is the one that the cache holds as the teacher's largest entry (which every
-    row with entries keeps exactly). Rows that were left empty are not compared.
+    row with entries keeps exactly). Rows that were left empty are not compared; nor, of a mixture, rows in which an entry
+    that not all caches hold could be larger.
 
     Args:
         model: the student that is scored.
         vocab_size: columns of its head that stand for tokens.
+        mixed: whether the teacher is a mixture.
     """
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, *, mixed: bool = False) -> None:
         self._model = model
+        self._mixed = mixed
         self._width = vocab_size
         self._hidden_BLD: torch.Tensor | None = None
         # By sequence: a pass that ran out of memory is repeated from the start.
@@ -60,7 +63,10 @@ class SequenceSums:
         counts = batch["labels"][:, 1:] != IGNORED
         hidden_ND = self._hidden_BLD[:, :-1][counts]
         self._hidden_BLD = None
-        kept_N = batch["teacher_log_probs"].amax(dim=1) > -torch.inf
+        largest_N = batch["teacher_log_probs"].amax(dim=1)
+        kept_N = largest_N > -torch.inf
+        if self._mixed:
+            kept_N &= largest_N >= batch["teacher_log_tail"]
         best_N = batch["teacher_ids"].gather(1, batch["teacher_log_probs"].argmax(dim=1, keepdim=True)).squeeze(1)
         agreed_N = (self._best(hidden_ND) == best_N) & kept_N
         columns = torch.stack([v.double().cpu() for v in (sums.ce_N, sums.divergence_N, agreed_N, kept_N)], dim=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cache.reader import Cache
 from kdcache.errors import CacheError, ModelError
-from kdcache.models import identify, load_model, refuse_narrow_head
+from kdcache.models import load_model, refuse_narrow_head
+from kdcache.same_teacher import refuse_other_teacher, teacher_revision
 from kdcache.teacher.forward import TeacherForward
 
 if TYPE_CHECKING:
@@ -54,16 +54,8 @@ def cached_teacher_model(cache: Cache, place: str | None, *, device: str = "auto
 
 def _identified(cache: Cache, name: str) -> str | None:
     """The revision to load, once it is sure that the teacher lies there."""
-    identity = cache.plan.teacher
-    found = identify(name, identity.revision)
-    # A folder copied from the Hub has a fingerprint of its files, the plan one of repository and commit.
-    copied = Path(name).is_dir() and identity.revision is not None
-    if found.fingerprint != identity.fingerprint and not copied:
-        raise CacheError(
-            f"{name} is not the teacher of {cache.directory}: its fingerprint is {found.fingerprint[:12]}, the plan's "
-            f"{identity.fingerprint[:12]} ({identity.name}); give that model with --teacher"
-        )
-    return None if copied else identity.revision
+    refuse_other_teacher(cache, name, "give that model with --teacher")
+    return teacher_revision(cache, name)
 
 
 def _loaded(cache: Cache, name: str, revision: str | None, device: str) -> PreTrainedModel:

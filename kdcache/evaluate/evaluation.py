@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kdcache.cache.mixture import Mixture
 from kdcache.devices import give_back_memory
 from kdcache.errors import CacheError, ModelError
 from kdcache.evaluate.by_sequence import SequenceSums, teacher_errors, teacher_losses
@@ -188,7 +189,7 @@ class _Session:
         return found
 
     def _score(self, run: SavedRun, model: PreTrainedModel, name: str) -> tuple[dict[str, Any], Sums]:
-        sums = SequenceSums(model, run.cache.vocab_size)
+        sums = SequenceSums(model, run.cache.vocab_size, mixed=isinstance(run.cache, Mixture))
         with sums.listening():
             score = run_score(run, model, name, batch_size=self.wanted.batch_size, progress=self.progress, observe=sums)
         return {**score.as_record(), **sums.as_record()}, sums.losses()

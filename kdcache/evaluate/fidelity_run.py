@@ -6,6 +6,7 @@ as a cache would be, and then compared with the full distributions.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from kdcache.evaluate.cached_teacher import cached_teacher
 from kdcache.evaluate.fidelity import TEMPERATURES, Fidelity, FidelityMeter
 from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
+from kdcache.student.initial import describe_init, is_made, make_student, refuse_impossible
 from kdcache.teacher.budget import find_floors, sample_content
 from kdcache.teacher.capture import load_teacher, settle_floors
 from kdcache.teacher.forward import LOGIT_BYTES, TeacherForward
@@ -132,15 +134,22 @@ def recipe_fidelity(
         KdcacheError: as `capture` would.
     """
     progress = progress or Silent()
+    if student is None and recipe.student is not None:
+        refuse_impossible(recipe.student)
     planned, forward = settle_floors(recipe, plan_cache(recipe, progress), progress, writing=False)
     forward = forward or load_teacher(recipe, planned)
     _, section = teacher_sections(recipe)
     rows = sample_rows(planned, batch_tokens=section.batch_tokens, positions=positions)
     sample = hidden_sample(forward, rows, batch_tokens=section.batch_tokens)
     content = sample_content(planned, sample)
-    if student is None and recipe.student is not None:
-        student = recipe.student.model
-    return _report(planned, sample, content, student=student, compare=compare, progress=progress)
+    if student is not None or recipe.student is None or not is_made(recipe.student):
+        student = student or (None if recipe.student is None else recipe.student.model)
+        return _report(planned, sample, content, student=student, compare=compare, progress=progress)
+    with tempfile.TemporaryDirectory(prefix="kdcache-") as folder:
+        made = Path(folder) / "student"
+        make_student(recipe.student, made)
+        report = _report(planned, sample, content, student=str(made), compare=compare, progress=progress)
+    return replace(report, student=describe_init(recipe.student))
 
 
 def _report(

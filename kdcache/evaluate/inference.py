@@ -26,6 +26,7 @@ from kdcache.recipe import Recipe, TeacherSection
 from kdcache.recipe_student import StudentSection
 from kdcache.run_record import INFERENCE_FILE, load_record, record_digest
 from kdcache.student.record import hardware
+from kdcache.student.start import as_started
 
 FORMAT = "kdcache-inference"
 FIGURES = (
@@ -91,7 +92,7 @@ class InferenceBench:
         if self._teacher is not None:
             refuse_missing_folder(self._teacher)
         refuse_missing_student(run, student)
-        self._refuse_long(student.model if student.lora is not None else str(run / "model"))
+        self._refuse_long(as_started(student, run).model if student.lora is not None else str(run / "model"))
         return recipe
 
     def run(self, run: Path) -> dict[str, Any]:
@@ -102,7 +103,8 @@ class InferenceBench:
         """
         recipe, digest = self.check(run), record_digest(run)
         assert recipe.student is not None
-        variants = [*self._teachers(recipe), *students(recipe.student, run / "model", recipe.training.precision)]
+        student = as_started(recipe.student, run)
+        variants = [*self._teachers(recipe), *students(student, run / "model", recipe.training.precision)]
         self._progress.begin(f"models of {run}", len(variants), "models")
         rows: list[dict[str, Any]] = []
         try:
@@ -110,7 +112,7 @@ class InferenceBench:
                 merged: dict[str, Any] | None = None
                 for variant in variants:
                     if variant.merged and merged is None:
-                        merged = self._merge(recipe.student, run / "model", Path(folder) / "merged")
+                        merged = self._merge(student, run / "model", Path(folder) / "merged")
                     rows.append(self._row(variant, Path(folder) / "merged", (merged or {}).get("error")))
                     self._progress.advance(1, variant.name)
         finally:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kdcache.cache.mixture import Mixture
 from kdcache.cache.reader import Cache, Split
 from kdcache.errors import TrainingError
 from kdcache.progress import Progress, Silent
-from kdcache.student.collate import Collator, uses_draws
+from kdcache.student.collate import Collator, Tail, uses_draws
 from kdcache.student.forward import loss_sums
 from kdcache.student.loss import LossSums
 
@@ -69,12 +70,13 @@ class Score:
 
 
 def teacher_score(split: Split, *, max_length: int | None = None) -> Score:
-    """The teacher on the labels of a split: the manifest's totals, or the rows of what is left at ``max_length``.
+    """The teacher on the labels of a split: the manifest's totals, or the rows of what is left at ``max_length``; of a
+    mixture the mixed probabilities of the labels, from its rows.
 
     Raises:
         TrainingError: no sequence has a target within ``max_length`` tokens.
     """
-    if max_length is None:
+    if max_length is None and not isinstance(split.cache, Mixture):
         return Score(split.summary.teacher_nll, 0.0, split.summary.positions, kl_temperature(split.cache))
     nll, tokens = 0.0, 0
     for sequence in split:
@@ -87,6 +89,12 @@ def teacher_score(split: Split, *, max_length: int | None = None) -> Score:
 def kl_temperature(cache: Cache) -> float:
     """The temperature at which students are compared with the teacher."""
     return 1.0 if 1.0 in cache.temperatures else min(cache.temperatures)
+
+
+def score_tail(cache: Cache) -> Tail:
+    """What stands for the mass outside when students are scored. Of a mixture one bucket: drawn entries would add what its
+    teachers disagree by (`kdcache.student.mixed_teacher`)."""
+    return "lumped" if isinstance(cache, Mixture) else "auto"
 
 
 def student_score(
@@ -135,7 +143,8 @@ def score_in_batches(
     progress = progress or Silent()
     cache = split.cache
     temperature = kl_temperature(cache)
-    collate = Collator(cache.plan.tokenizer.pad_id, temperature, max_length=max_length)
+    tail = score_tail(cache)
+    collate = Collator(cache.plan.tokenizer.pad_id, temperature, tail, max_length=max_length)
     was_training = model.training
     model.eval()
     scores = torch.zeros(3, dtype=torch.float64)
@@ -183,7 +192,8 @@ def score_in_batches(
         torch.distributed.all_reduce(scores)
     ce, kl, tokens = scores.tolist()
     _refuse_nothing(int(tokens), split, max_length)
-    return Score(ce, kl, int(tokens), temperature, not uses_draws(cache.plan.design(split.number), temperature))
+    drawn = tail == "auto" and uses_draws(cache.plan.design(split.number), temperature)
+    return Score(ce, kl, int(tokens), temperature, not drawn)
 
 
 def _refuse_nothing(tokens: int, split: Split, max_length: int | None) -> None:

@@ -2,7 +2,8 @@
 
 Hashes prove that nobody changed a cache since it was made, not that it was made honestly. A teacher run again never gives
 the same bits: other batches, other kernels. So it is run twice, in the batches of the cache's own shards and in others,
-and what the two runs disagree by is the **control**. What the cache and the teacher disagree by, beyond the rounding that
+and what the two runs disagree by is the **control** (a cache of the teacher's own answers was made as these were written, and
+there the other run goes token by token as well). What the cache and the teacher disagree by, beyond the rounding that
 ``cache_format.md`` states, should be no more than that. The sequences are drawn at random, so that no forger knows which to
 keep honest.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import random
 import secrets
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,8 @@ from kdcache.evaluate import disagreement
 from kdcache.evaluate.cached_teacher import cached_teacher
 from kdcache.evaluate.disagreement import NOT_COMPARED, Place, Rescore, Scored
 from kdcache.progress import Progress, Silent
+from kdcache.recipe_data import made_by_steps
+from kdcache.teacher.decode import replay
 from kdcache.teacher.draws import chance_of
 from kdcache.teacher.forward import LOGIT_BYTES, TeacherForward, length_buckets
 from kdcache.teacher.select import mean_of_rows
@@ -47,6 +50,7 @@ _BATCH_TOKENS = 1 << 18
 Numbers = NDArray[np.float64]
 _Entries = tuple[torch.Tensor, torch.Tensor]
 _Run = tuple[Scored, Scored]
+_Hidden = Callable[[Sequence[TokenRow]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def rescore(
@@ -135,9 +139,10 @@ def _score(
     """The wanted sequences of a shard in the batches that it was made in, and each alone, or not alone where it was."""
     rows = [TokenRow(i, content[i].token_ids, content[i].targets) for i in range(len(content))]
     chosen, numbers, thin = chance_of(plan, split)
+    stepwise = made_by_steps(plan.data.splits[split].selected)
 
-    def run(batch: list[int], of: list[int]) -> dict[int, Scored]:
-        hidden_PD, labels_P = forward.hidden([rows[i] for i in batch])
+    def run(batch: list[int], of: list[int], hidden: _Hidden = forward.hidden) -> dict[int, Scored]:
+        hidden_PD, labels_P = hidden([rows[i] for i in batch])
         starts = np.cumsum([0] + [rows[i].positions for i in batch]).tolist()
         found = {}
         for i in of:
@@ -158,7 +163,10 @@ def _score(
         if here:
             first |= run(bucket, here)
         for i in here:
-            second |= run([i] if len(bucket) > 1 else [i, _companion(lengths, i)], [i])
+            if stepwise:
+                second |= run([i], [i], lambda members: replay(forward, members))
+            else:
+                second |= run([i] if len(bucket) > 1 else [i, _companion(lengths, i)], [i])
         advance(len(here))
     return [(first[i], second[i]) for i in wanted]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache import __version__
+from kdcache.cache.mixture import Mixture, open_caches
 from kdcache.cache.reader import Cache, Split
 from kdcache.cache.remote import is_url
-from kdcache.cache.store import open_cache
+from kdcache.chain_record import CHAIN_FILE, read_chain, run_of
 from kdcache.devices import give_back_memory
 from kdcache.errors import BrokenRunError, CacheError, ModelError, RecipeError, TrainingError
 from kdcache.evaluate.cached_teacher import cached_teacher_model
@@ -24,6 +25,8 @@ from kdcache.recipe_student import StudentSection
 from kdcache.run_record import AFTER, BEFORE, RECORD_FILE, TEACHER, RunRecord, load_record, read_json, record_digest
 from kdcache.student.agreement import VALIDATION
 from kdcache.student.assembly import load_student
+from kdcache.student.initial import is_made
+from kdcache.student.start import as_started, base_identity, refuse_missing_base
 from kdcache.sweep_record import SWEEP_FILE, read_sweep
 
 if TYPE_CHECKING:
@@ -48,8 +51,10 @@ class SavedRun:
 
     @property
     def base(self) -> str:
-        """What the student before training is a function of: runs with the same one can share it."""
-        return self.student.model_dump_json(exclude={"lora"})
+        """What the student before training is a function of: runs with the same one can share it. Of a made one that is what
+        was made, since the model that the recipe names may have changed between two runs."""
+        made = base_identity(self.path) if is_made(self.student) else None
+        return self.student.model_dump_json(exclude={"lora"}) + (made or "")
 
     @property
     def batch_size(self) -> int:
@@ -59,34 +64,40 @@ class SavedRun:
 
 
 def run_directories(paths: Sequence[Path], progress: Progress | None = None) -> list[Path]:
-    """The run directories that are meant: a sweep directory stands for its finished rows.
+    """The run directories that are meant: a sweep directory stands for its finished rows, a chain's for its finished stages.
 
     Raises:
-        TrainingError: a sweep that is not readable, or has no finished row.
+        TrainingError: a sweep or a chain that is not readable, or has nothing finished.
     """
     progress, found = progress or Silent(), []
     for path in paths:
-        if not (path / SWEEP_FILE).exists():
+        if (path / SWEEP_FILE).exists():
+            kind, part = "sweep", "row"
+            runs = [(row, path / row["directory"]) for row in read_sweep(path)["rows"]]
+        elif (path / CHAIN_FILE).exists():
+            kind, part = "chain", "stage"
+            runs = [(stage, run_of(path, stage["name"])) for stage in read_chain(path)["stages"]]
+        else:
             found.append(path)
             continue
-        rows = [(row["name"], row["directory"], _state(path, row)) for row in read_sweep(path)["rows"]]
+        rows = [(values["name"], run, _state(run, values)) for values, run in runs]
         left = [f"{name} ({state})" for name, _, state in rows if state != "finished"]
         if left:
-            progress.warning(f"of {path} these rows are left out: {', '.join(left)}")
-        found += [path / directory for _, directory, state in rows if state == "finished"]
+            progress.warning(f"of {path} these {part}s are left out: {', '.join(left)}")
+        found += [run for _, run, state in rows if state == "finished"]
         if len(left) == len(rows):
-            raise TrainingError(f"the sweep {path} has no finished row; kdcache sweep goes on with it")
+            raise TrainingError(f"the {kind} {path} has no finished {part}; kdcache {kind} goes on with it")
     return list(dict.fromkeys(found))
 
 
-def _state(sweep: Path, row: dict[str, Any]) -> str:
-    """A row's state; that of a finished one whose record is broken by now is said as well."""
-    if row["state"] == "finished":
+def _state(run: Path, values: dict[str, Any]) -> str:
+    """A row's or a stage's state; that of a finished one whose record is broken by now is said as well."""
+    if values["state"] == "finished":
         try:
-            load_record(sweep / row["directory"])
+            load_record(run)
         except BrokenRunError as exc:
             return f"finished, but {exc}"
-    return str(row["state"])
+    return str(values["state"])
 
 
 def trained_recipe(record: RunRecord) -> tuple[Recipe, StudentSection]:
@@ -123,7 +134,10 @@ def refuse_missing_student(path: Path, student: StudentSection) -> None:
     lacking = [name for name in needed if not (saved / name).is_file()]
     if lacking:
         raise ModelError(f"the saved student {saved} is not whole: it lacks {', '.join(lacking[:3])}; train it again")
-    refuse_missing_folder(student.model)
+    if is_made(student):
+        refuse_missing_base(student, path)
+    else:
+        refuse_missing_folder(student.model)
 
 
 def _weight_files(saved: Path) -> list[str]:
@@ -152,14 +166,19 @@ def open_saved_run(path: Path, *, cache: str | None = None, progress: Progress |
     record = load_record(path)
     digest = record_digest(path)
     recipe, student = trained_recipe(record)
-    place = cache or recipe.cache.directory
-    if cache is None and not is_url(place) and not Path(place).is_dir():
-        raise CacheError(f"the cache of {path} is not at {place}; say where it lies with --cache DIRECTORY_OR_URL")
-    opened = open_cache(place, progress=progress)
+    places = recipe.cache.places if cache is None else ((cache, 1.0),)
+    if cache is not None and recipe.cache.mixture:
+        said = ", ".join(place for place, _ in recipe.cache.places)
+        raise TrainingError(f"{path} was trained from a mixture of caches, and --cache names one; put them at {said}")
+    for place, _ in places if cache is None else ():
+        if not is_url(place) and not Path(place).is_dir():
+            way = "put it there" if recipe.cache.mixture else "say where it lies with --cache DIRECTORY_OR_URL"
+            raise CacheError(f"the cache of {path} is not at {place}; {way}")
+    opened = open_caches(places, progress=progress)
     if opened.id != record.values["cache_id"]:
+        way = "mix the caches that it names" if recipe.cache.mixture else "say where that one lies with --cache"
         raise TrainingError(
-            f"{path} was trained from cache {record.values['cache_id'][:12]}, {opened.directory} is {opened.id[:12]}; say "
-            "where that one lies with --cache"
+            f"{path} was trained from cache {record.values['cache_id'][:12]}, {opened.directory} is {opened.id[:12]}; {way}"
         )
     opened.split(VALIDATION)
     return SavedRun(path, record, recipe, student, opened, digest)
@@ -200,7 +219,8 @@ class Students:
     def _ready(self, run: SavedRun) -> Any:
         if self._base != run.base:
             self.release()
-            self._model, self._base = load_student(run.student), run.base
+            # A made one lies in the run directory, where it needs no model that it was made from.
+            self._model, self._base = load_student(as_started(run.student, run.path)), run.base
         wanted = None if run.student.lora is None else run.path / "model"
         if self._adapter not in (None, wanted):
             self._model, self._adapter = self._model.unload(), None
@@ -222,8 +242,10 @@ def load_teacher(run: SavedRun, place: str | None = None) -> PreTrainedModel:
 
     Raises:
         ModelError: it is not there, or cannot be loaded.
-        CacheError: another model lies there.
+        CacheError: another model lies there, or the run learnt from a mixture of teachers.
     """
+    if isinstance(run.cache, Mixture):
+        raise CacheError(f"{run.path} learnt from {run.cache.plan.teacher.name}, which is no model that could be asked")
     section = run.recipe.teacher
     name = place or (None if section is None else section.model)
     return cached_teacher_model(run.cache, name, device=run.student.device if section is None else section.device)

@@ -1,4 +1,4 @@
-"""Run and sweep directories -> the rows of a report.
+"""Run, sweep and chain directories -> the rows of a report.
 
 Everything read here may be broken, of another version, or a stranger's. A row that cannot be read is a failed row with
 its reason; nothing is left out in silence.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from kdcache.chain_record import CHAIN_FILE, read_chain, run_of
 from kdcache.errors import TrainingError
 from kdcache.recipe_keys import value_at
 from kdcache.report.judged import Evaluation, Inference, read_evaluation, read_inference
@@ -90,7 +91,7 @@ class Collection:
 
 
 def collect(paths: Sequence[Path]) -> Collection:
-    """The rows of run directories and sweep directories; a directory given twice counts once.
+    """The rows of run directories, sweep directories and chain directories; a directory given twice counts once.
 
     Raises:
         TrainingError: a path does not exist or is no directory.
@@ -101,14 +102,17 @@ def collect(paths: Sequence[Path]) -> Collection:
             raise TrainingError(
                 f"{path} {what}; expected run directories of kdcache train-student or sweep directories of kdcache sweep"
             )
-    if not any((path / file).exists() for path in paths for file in (SWEEP_FILE, *_RUN_FILES)):
+    if not any((path / file).exists() for path in paths for file in (SWEEP_FILE, CHAIN_FILE, *_RUN_FILES)):
         raise TrainingError(
             f"{' and '.join(map(str, paths))} {'holds' if len(paths) == 1 else 'hold'} neither a run nor a sweep; expected run "
             "directories of kdcache train-student or sweep directories of kdcache sweep"
         )
     found = Collection()
     for path in {path.resolve(): path for path in paths}.values():
-        found.rows += _sweep(path, found) if (path / SWEEP_FILE).exists() else [_run(path)]
+        if (path / SWEEP_FILE).exists():
+            found.rows += _sweep(path, found)
+        else:
+            found.rows += _chain(path) if (path / CHAIN_FILE).exists() else [_run(path)]
     # A sweep knows more of a run than its directory does.
     swept = {os.path.realpath(row.directory) for row in found.rows if row.sweep is not None}
     found.rows = [row for row in found.rows if row.sweep is not None or os.path.realpath(row.directory) not in swept]
@@ -136,6 +140,24 @@ def _sweep(path: Path, found: Collection) -> list[Row]:
         )
     )
     return [_swept(path, len(found.sweeps) - 1, i, row) for i, row in enumerate(head["rows"])]
+
+
+def _chain(path: Path) -> list[Row]:
+    """The stages of a chain, each a run by itself; where chain.json is broken, as with a sweep."""
+    try:
+        stages = read_chain(path)["stages"]
+    except TrainingError as exc:
+        broken = Row(path.resolve().name, path, "failed", str(exc))
+        inside = sorted(p for p in path.glob("*/run") if any((p / f).exists() for f in _RUN_FILES))
+        return [broken, *(_run(p) for p in inside)]
+    rows = []
+    for stage in stages:
+        row = _run(run_of(path, stage["name"]))
+        row.name = stage["name"]
+        if row.record is None and stage["state"] != "finished":
+            row.state, row.reason = stage["state"], stage["error"]
+        rows.append(row)
+    return rows
 
 
 _RUN_FILES = ("run.json", "started.json", LOG_FILE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdcache.errors import KdcacheError
 from kdcache.recipe_keys import value_at
@@ -138,17 +139,26 @@ def _letter(index: int) -> str:
 
 def _caches(rows: list[Row]) -> Iterator[CacheFacts]:
     """The caches that rows were trained from, opened where they lie on this machine."""
-    directories: dict[str, dict[str, None]] = {}
+    directories: dict[str, dict[tuple[str, str], None]] = {}
     for row in rows:
         assert row.record is not None
         told = value_at(row.record.values["recipe"], "cache.directory")
-        directories.setdefault(row.record.values["cache_id"], {})[str(told)] = None
+        own = row.record.values["cache_id"]
+        directories.setdefault(own, {})[str(told), _first_of_mixture(row.record.values) or own] = None
     for cache_id, places in directories.items():
-        opened = [_opened(cache_id, place) for place in places]
+        opened = [_opened(cache_id, *place) for place in places]
         yield next((facts for facts in opened if facts.bytes is not None), opened[0])
 
 
-def _opened(cache_id: str, directory: str) -> CacheFacts:
+def _first_of_mixture(values: dict[str, Any]) -> str | None:
+    """The cache id of a mixture's first cache, whose sequences are those of all."""
+    mixed = values.get("mixture")
+    first = mixed[0] if isinstance(mixed, list) and mixed else None
+    found = first.get("cache_id") if isinstance(first, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _opened(cache_id: str, directory: str, expected: str) -> CacheFacts:
     from kdcache.cache.reader import open_cache
     from kdcache.cache.remote import is_url
 
@@ -158,15 +168,18 @@ def _opened(cache_id: str, directory: str) -> CacheFacts:
         cache = open_cache(Path(directory), keep=1)
     except (KdcacheError, OSError, ValueError) as exc:
         return CacheFacts(cache_id, directory, note=f"it cannot be opened: {exc}")
-    if cache.id != cache_id:
+    if cache.id != expected:
         return CacheFacts(cache_id, directory, note=f"another cache lies there now, {cache.id[:12]}")
     validation = cache.plan.split_index("validation")
     data, splits = cache.plan.data, cache.plan.data.splits
     text = (cache.plan.tokenizer.fingerprint, data.prompt, data.template_sha256, data.system, data.date)
+    stated = None if validation is None else repr((splits[validation].fingerprint, *text))
+    if expected != cache_id:
+        return CacheFacts(cache_id, directory, validation=stated, note="it is a mixture, and this its first cache")
     return CacheFacts(
         cache_id,
         directory,
         bytes=sum(shard.bytes for shard in cache.manifest.shards),
         positions=sum(split.positions for split in splits),
-        validation=None if validation is None else repr((splits[validation].fingerprint, *text)),
+        validation=stated,
     )

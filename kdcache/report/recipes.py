@@ -17,6 +17,7 @@ from kdcache.recipe_selection import SelectionSection, claimed_keys
 from kdcache.report.collect import Collection, Row
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./\[\]%:+-]*")
+_MIXTURE = "cache.mixture"
 # Keys that say where and not what: two rows with other values here are the same student.
 _PLACES = ("output", "cache.directory", "student.device", "teacher.device", "training.report_to", "training.workers")
 
@@ -128,7 +129,19 @@ def varied(base: Base) -> list[str]:
     keys: dict[str, None] = {}
     for row in base.rows:
         keys |= dict.fromkeys(base.changed(row))
+    if all(_weights(row, base) == _weights(base.rows[0], base) for row in base.rows):
+        keys.pop(_MIXTURE, None)
     return [key for key in keys if key not in _PLACES and key.partition(".")[0] != "embedded"]
+
+
+def _weights(row: Row, base: Base) -> object:
+    """What a row mixes its caches by; where they lie says nothing of the student."""
+    before = value_at(base.recipe, _MIXTURE)
+    mixture = base.changed(row).get(_MIXTURE, (before, before))[1] or []
+    try:
+        return [part.get("weight", 1.0) for part in mixture]
+    except (TypeError, AttributeError):
+        return mixture
 
 
 def value_text(value: Any) -> str:

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kdcache.cache.mixture import Mixture
 from kdcache.cache.reader import Cache
 from kdcache.errors import CacheError, PlanMismatchError, TrainingError
 from kdcache.models import effective_dtype
@@ -22,11 +23,13 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
     """Compare every key that the plan records; sections that the recipe leaves out are not compared.
 
     Files and folders are compared by their last name: a cache holds no paths, and may have been made elsewhere. Of a
-    cache derived from others, only teacher and prompt are: it is meant to hold other sequences and entries.
+    cache derived from others, only teacher and prompt are: it is meant to hold other sequences and entries. Of a mixture
+    the first cache is compared, the one that the recipe's teacher makes.
 
     Raises:
         PlanMismatchError: naming the keys that differ.
     """
+    cache = cache.first if isinstance(cache, Mixture) else cache
     plan, captured = cache.plan, cache.plan.derived is None
     pairs: list[tuple[str, Any, Any]] = []
     if captured and "selection" in recipe.model_fields_set:
@@ -64,7 +67,7 @@ def refuse_other_cache(recipe: Recipe, cache: Cache) -> None:
                 pairs += [
                     (f"data.{name}.path", last_name(source.path), last_name(split.source)),
                     (f"data.{name}.revision", source.revision, split.revision),
-                    (f"data.{name}.split", source.split, split.selected),
+                    (f"data.{name}.split", data.selected(name), split.selected),
                 ]
     differing = [f"{key} is {asked!r}, in the cache {found!r}" for key, asked, found in pairs if asked != found]
     if differing:
@@ -92,7 +95,8 @@ def refuse_unfit(recipe: Recipe, cache: Cache) -> None:
 
 
 def refuse_low_temperature(temperature: Scheduled, cache: Cache) -> None:
-    """The teacher can be rebuilt at every temperature from the smallest declared one up; a schedule should stay there.
+    """The teacher can be rebuilt at every temperature from the smallest declared one up; a schedule should stay there. What a
+    mixture declares is what all of its caches declare.
 
     Raises:
         CacheError: the temperature is below.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 
+from kdcache.cache.mixture import Mixture
 from kdcache.cache.reader import Cache
 from kdcache.errors import TrainingError
-from kdcache.evaluate.perplexity import Score
+from kdcache.evaluate.perplexity import Score, kl_temperature
 from kdcache.models import attach_lora, first_line, load_model
 from kdcache.progress import Progress
 from kdcache.recipe import Recipe
@@ -18,7 +20,9 @@ from kdcache.recipe_student import StudentSection
 from kdcache.recipe_training import LossSection, Ramp, Scheduled, describe, span_of, value_at
 from kdcache.student.agreement import TRAIN, VALIDATION
 from kdcache.student.batches import OrderOptions, SplitDataset
-from kdcache.student.collate import Collator, Tail, uses_draws
+from kdcache.student.collate import Collator, Tail, sparse_teacher, uses_draws
+from kdcache.student.hidden import live_term
+from kdcache.student.initial import init_lines, is_made, make_student
 from kdcache.student.log import CsvLog
 from kdcache.student.progress_callback import ProgressCallback
 from kdcache.student.record import RunDirectory
@@ -29,10 +33,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOW_MASS = 0.5
+# Positions of a mixture from which what its caches have in common is measured.
+_MEASURED = 4096
 
 
 def load_student(student: StudentSection, saved: Path | None = None) -> PreTrainedModel:
-    """The recipe's student as it starts, or the fully trained model that a run saved."""
+    """The recipe's student as it starts, or from a folder: as a run made it to start from, or the fully trained one that it saved.
+
+    A student that has to be made, and for which no folder is given, is made again: the same one.
+    """
+    if saved is None and is_made(student):
+        with tempfile.TemporaryDirectory(prefix="kdcache-") as folder:
+            made = Path(folder) / Path(student.model).name
+            make_student(student, made)
+            return load_student(student, made)
     return load_model(
         student.model if saved is None else str(saved),
         revision=student.revision if saved is None else None,
@@ -71,7 +85,9 @@ def make_trainer(
 
     Raises:
         TrainingError: transformers cannot set it up.
+        ModelError: the teacher of a term on hidden states cannot be loaded.
     """
+    hidden = live_term(recipe, model, cache)
     loss, training, summary = recipe.loss, recipe.training, cache.split(TRAIN).summary
     callbacks: list[transformers.TrainerCallback] = [ProgressCallback(progress), CsvLog(run.log)]
     if training.patience is not None:
@@ -94,6 +110,7 @@ def make_trainer(
                 "order": order_of(recipe),
                 "skip_nonfinite": training.skip_nonfinite,
                 "tell": progress.warning,
+                "hidden": hidden,
             },
         )
     except (ValueError, ImportError, RuntimeError) as exc:
@@ -135,8 +152,13 @@ def tell_of_tail(loss: LossSection, cache: Cache, progress: Progress) -> None:
     declared, chosen = ", ".join(f"{t:g}" for t in cache.temperatures), describe(loss.temperature)
     if loss.temperature in cache.temperatures:
         mass = cache.split(TRAIN).summary.kept_mass_mean[cache.temperatures.index(highest)]
-        tell = progress.warning if mass < _LOW_MASS and not sampled else progress.message
-        tell(f"the exact entries hold {mass:.1%} of the teacher's probability at T = {chosen}; the rest is {rest}")
+        # A mixture's bucket takes in what not every cache holds, which is told below.
+        low = mass < _LOW_MASS and not sampled and not (isinstance(cache, Mixture) and rest == "one bucket")
+        tell = progress.warning if low else progress.message
+        each = ", a mean over its caches" if isinstance(cache, Mixture) else ""
+        tell(
+            f"the exact entries hold {mass:.1%} of the teacher's probability at T = {chosen}{each}; the rest is {rest}"
+        )
     else:
         unserved = design.sampled and not sampled
         tell = progress.warning if unserved else progress.message
@@ -144,6 +166,41 @@ def tell_of_tail(loss: LossSection, cache: Cache, progress: Progress) -> None:
             f"the cache declares T = {declared}; at T = {chosen} the mass outside the exact entries is interpolated, and "
             f"the rest is {rest}" + (": drawn entries serve up to the largest declared temperature" if unserved else "")
         )
+    if isinstance(cache, Mixture):
+        taught = rest == "one bucket"
+        _tell_of_common(cache, highest if taught else kl_temperature(cache), progress, taught=taught)
+
+
+def common_mass(cache: Mixture, temperature: float) -> tuple[float, int]:
+    """What the entries that every cache of a mixture holds come to, of its probability, and over how many positions that was
+    measured: the first ones of the training split. Everything else is in the bucket where one stands for the rest.
+
+    The mean of what the caches hold each for itself is no more than an upper bound: teachers of different opinions have few
+    entries in common.
+    """
+    split = cache.split(TRAIN)
+    shards = (cache.shard(index).rows for index in split.shards)
+    rows = next(rows for rows in shards if len(rows))
+    rows = rows.slice(0, min(_MEASURED, len(rows)))
+    log_rest = sparse_teacher(rows, temperature, "lumped").log_tail_N.double()
+    # What is outside is rounded, and may come to more than 1.
+    return float((1 - log_rest.exp()).mean().clamp(min=0)), len(rows)
+
+
+def _tell_of_common(cache: Mixture, temperature: float, progress: Progress, *, taught: bool) -> None:
+    """Say how much of a mixture is not in the bucket by which its students are scored, and may be taught."""
+    mass, positions = common_mass(cache, temperature)
+    what = "taught and scored" if taught else "scored"
+    said = (
+        f"students are {what} by the entries that all {len(cache.parts)} caches hold: {mass:.1%} of the mixture's probability "
+        f"at T = {temperature:g}, measured over the first {positions:,} positions; all else is one bucket"
+    )
+    if mass < _LOW_MASS:
+        progress.warning(
+            f"{said}, and the KL a bound far below the mixture's; mix caches that keep more of each position"
+        )
+    else:
+        progress.message(said)
 
 
 def tell_of_cut(max_length: int | None, cache: Cache, progress: Progress) -> None:
@@ -154,6 +211,17 @@ def tell_of_cut(max_length: int | None, cache: Cache, progress: Progress) -> Non
             f"the cache keeps positions by {chosen}, chosen from sequences of up to {cache.plan.data.max_length} tokens; of what "
             f"is left at training.max_length {max_length} another share may be kept, and the KD term is scaled by the whole's"
         )
+
+
+def tell_of_init(recipe: Recipe, cache: Cache, progress: Progress) -> None:
+    """Say what the student is made as, where it is made.
+
+    Raises:
+        ModelError: it cannot be made.
+    """
+    if recipe.student is not None:
+        for line in init_lines(recipe.student, recipe.training.max_length or cache.plan.data.max_length):
+            progress.message(line)
 
 
 def tell_of_steps(trainer: DistillationTrainer, progress: Progress) -> None:

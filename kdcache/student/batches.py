@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcache.cache.codec import CachedSequence
+from kdcache.cache.mixture import order_id
 from kdcache.cache.reader import Split
 from kdcache.student.sampler import BatchPlan, EpochOrder, MicroBatchNumbers
 
@@ -96,7 +97,7 @@ class MicroBatches(Dataset[Batch]):
             cache, options = self._split.cache, self._options
             order = EpochOrder(
                 first_sizes([cache.plan.shards[i].sequences for i in self._split.shards], self._plan.sequences),
-                cache_id=cache.id,
+                cache_id=order_id(cache),
                 seed=options.seed,
                 epoch=epoch,
                 window=options.window,

@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.codec import CachedSequence
+from kdcache.cache.mixture import MixedRows
 from kdcache.cache.rows import RowDesign, SparseRows, concatenate
 from kdcache.student.loss import SparseTeacher
+from kdcache.student.mixed_teacher import mixed_teacher
 
 IGNORED = -100
 Tail = Literal["auto", "lumped", "renormalised"]
@@ -81,7 +83,7 @@ class Collator:
             mask[place, :start] = 1
             positions[place, start:] = np.arange(shape[1] - start)
         order = [i for row in rows for i in row]
-        teacher = sparse_teacher(concatenate([parts[i].rows for i in order]), temperature, self.tail)
+        teacher = sparse_teacher(_end_to_end([parts[i].rows for i in order]), temperature, self.tail)
         drawn = {} if teacher.log_weights_NK is None else {"teacher_log_weights": teacher.log_weights_NK}
         apart = {"position_ids": positions} if self.packed else {"attention_mask": mask}
         return {
@@ -129,14 +131,26 @@ def _unlearnt(sequence: CachedSequence) -> CachedSequence:
     return CachedSequence(ids, np.zeros(len(ids), dtype=np.bool_), sequence.rows.slice(0, 0))
 
 
-def sparse_teacher(rows: SparseRows, temperature: float, tail: Tail = "auto") -> SparseTeacher:
+def _end_to_end(several: Sequence[SparseRows | MixedRows]) -> SparseRows | MixedRows:
+    """Rows of all sequences, which are of one cache or of one mixture."""
+    mixed = [rows for rows in several if isinstance(rows, MixedRows)]
+    if mixed:
+        return MixedRows.concatenated(mixed)
+    return concatenate([rows for rows in several if isinstance(rows, SparseRows)])
+
+
+def sparse_teacher(rows: SparseRows | MixedRows, temperature: float, tail: Tail = "auto") -> SparseTeacher:
     """Teacher distributions at ``temperature`` as the loss takes them; short rows are filled up, empty ones stay empty.
+
+    Of a mixture of caches it is the mean of their teachers': `kdcache.student.mixed_teacher`.
 
     Raises:
         CacheError: the temperature is below every declared one.
     """
-    design = rows.design
-    sampled = tail == "auto" and uses_draws(design, temperature)
+    sampled = tail == "auto" and uses_draws(rows.design, temperature)
+    if isinstance(rows, MixedRows):
+        rests = None if sampled else [_log_outside(r, temperature, r.log_partition_at(temperature)) for r in rows.parts]
+        return mixed_teacher(rows, temperature, rests, renormalised=tail == "renormalised")
     log_z = rows.log_partition_at(temperature)
     drawn = rows.tail if sampled else np.zeros_like(rows.tail)
     width = max(1, int((rows.head + drawn).max())) if len(rows) else 1
@@ -148,16 +162,14 @@ def sparse_teacher(rows: SparseRows, temperature: float, tail: Tail = "auto") ->
     log_probs = np.full(in_head.shape, -np.inf, dtype=np.float32)
     ids[in_head] = rows.head_ids
     log_probs[in_head] = rows.head_logits * beta - np.repeat(shift, rows.head)
-    log_tail = np.full(len(rows), -np.inf, dtype=np.float32)
-    weights = None
+    log_tail, weights = np.full(len(rows), -np.inf, dtype=np.float32), None
     if sampled:
         ids[in_tail] = rows.tail_ids
         log_probs[in_tail] = rows.tail_logits * beta - np.repeat(shift, rows.tail)
         weights = np.full(in_head.shape, -np.inf, dtype=np.float32)
         weights[in_head], weights[in_tail] = rows.log_weights_at(temperature, log_z)
     else:
-        outside = rows.kept & (rows.head < design.vocab_size)
-        log_tail[outside] = _log_outside(rows, temperature, log_z)[outside]
+        log_tail = _log_outside(rows, temperature, log_z).astype(np.float32)
     teacher = SparseTeacher(
         ids_NK=torch.from_numpy(ids),
         log_probs_NK=torch.from_numpy(log_probs),
@@ -176,10 +188,12 @@ def uses_draws(design: RowDesign, temperature: float) -> bool:
 
 
 def _log_outside(rows: SparseRows, temperature: float, log_z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 ``[P]``: log of the mass outside the head."""
+    """float64 ``[P]``: log of the mass outside the head; ``-inf`` where nothing is there, or the row is empty."""
     if temperature in rows.design.temperatures:
         rest = rows.rest[:, rows.design.temperatures.index(temperature)].astype(np.float64)
-        return -np.logaddexp(0.0, -rest)
-    inside = rows.head_log_sum(temperature) - log_z
-    # Interpolation may leave nothing outside.
-    return np.log(np.maximum(-np.expm1(inside), np.finfo(np.float32).tiny))
+        log_rest = -np.logaddexp(0.0, -rest)
+    else:
+        inside = rows.head_log_sum(temperature) - log_z
+        # Interpolation may leave nothing outside.
+        log_rest = np.log(np.maximum(-np.expm1(inside), np.finfo(np.float32).tiny))
+    return np.where(rows.kept & (rows.head < rows.design.vocab_size), log_rest, -np.inf)

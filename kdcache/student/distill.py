@@ -21,22 +21,27 @@ from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
 from kdcache.recipe_student import StudentSection
 from kdcache.run_record import AFTER, BEFORE, TEACHER
+from kdcache.same_teacher import files_of
 from kdcache.student.agreement import VALIDATION, refuse_cut_away, refuse_unfit
 from kdcache.student.arguments import training_arguments
 from kdcache.student.assembly import (
     make_trainer,
     tell_of_cut,
     tell_of_end,
+    tell_of_init,
     tell_of_steps,
     tell_of_tail,
     with_adapter,
 )
+from kdcache.student.hidden import refuse_impossible_term, refuse_other_live_teacher
+from kdcache.student.initial import is_made, refuse_impossible
 from kdcache.student.kept import Kept, end_readers, untrained_key
 from kdcache.student.packing import refuse_leaks
-from kdcache.student.parameters import refuse_other_targets
+from kdcache.student.parameters import read_config, refuse_other_targets
 from kdcache.student.processes import is_sharded, once, turns
 from kdcache.student.record import RunDirectory, RunRecord, run_record, write_model_card
 from kdcache.student.recovery import train_to_end, translated
+from kdcache.student.start import BASE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +127,11 @@ def _make_ready(
             "the recipe has a section sweep, and its output is a directory of many runs: train them with kdcache sweep, or one "
             "student with sweep=null output=ANOTHER_DIRECTORY"
         )
+    if recipe.chain is not None:
+        raise RecipeError(
+            "the recipe has a section chain, and its output is a directory of several runs: train them with kdcache chain, or one "
+            "student with chain=null output=ANOTHER_DIRECTORY"
+        )
     arguments = training_arguments(
         training, device=student.device, seed=recipe.seed, checkpoints=run.checkpoints, tell=progress.message
     )
@@ -131,6 +141,13 @@ def _make_ready(
     if finished is None:
         cut = ("cut", cache.id, training.max_length, training.fraction)
         kept.check(cut, lambda: refuse_cut_away(recipe, cache))
+        kept.check(("init", student.model, student.revision, str(student.init)), lambda: refuse_impossible(student))
+        tell_of_init(recipe, cache, progress)
+        if recipe.loss.hidden_weight:
+            refuse_impossible_term(recipe, read_config(student), cache)
+            name = "" if recipe.teacher is None else recipe.teacher.model
+            live = ("live", cache.id, name, files_of(name))
+            kept.check(live, lambda: refuse_other_live_teacher(recipe, cache))
     return finished or _Ready(student, arguments, cache, kept.tokenizer(student, cache))
 
 
@@ -177,7 +194,15 @@ def _distil(
             progress=progress,
         )
 
-    model = kept.take_base(student)
+    made = None
+    if is_made(student):
+        going_on = resume and any(run.checkpoints.glob("checkpoint-*"))
+        once(arguments, run.hold)
+        made = once(arguments, lambda: kept.start(student, run.path, going_on=going_on))
+    model = kept.take_base(student, made)
+    if made is not None:
+        # What the adapter will name as its base.
+        model.name_or_path = str(run.path / BASE)
     refuse_narrow_head(model, cache.vocab_size, student.model)
     if training.packing:
         refuse_leaks(model)
@@ -185,15 +210,16 @@ def _distil(
     transformers.set_seed(recipe.seed)
     model = with_adapter(model, student)
     batch_size = arguments.per_device_train_batch_size
-    before = kept.score(untrained_key(recipe, student, cache, batch_size), lambda: score(BEFORE))
+    before = kept.score(untrained_key(recipe, student, cache, batch_size, made), lambda: score(BEFORE))
     trainer = make_trainer(recipe, cache, model, arguments, run, progress)
-    once(arguments, lambda: run.begin(recipe, cache.id, world=arguments.world_size))
+    once(arguments, lambda: run.begin(recipe, cache.id, world=arguments.world_size, made=made))
     checkpoint = once(arguments, lambda: run.newest_checkpoint(progress)) if resume else None
     if checkpoint is not None:
         progress.message(f"going on from {checkpoint.name}")
     tell_of_steps(trainer, progress)
     train_to_end(trainer, checkpoint, progress)
     end_readers(trainer)
+    trainer.end_hidden()
     scores = {
         BEFORE: before,
         AFTER: score(AFTER),
@@ -230,5 +256,5 @@ def _distil(
     once(arguments, keep)
     # What was cut over processes or compiled is no longer the model that was loaded.
     if arguments.world_size == 1 and not is_sharded() and not training.compile:
-        kept.put_back(model, student)
+        kept.put_back(model, student, made)
     return record

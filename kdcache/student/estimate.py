@@ -12,26 +12,34 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from kdcache.cache.reader import Cache
 from kdcache.errors import RecipeError
-from kdcache.models import refuse_narrow_head
+from kdcache.models import effective_dtype, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
 from kdcache.recipe_student import StudentSection
 from kdcache.recipe_training import span_of
 from kdcache.student.agreement import TRAIN, VALIDATION
 from kdcache.student.arguments import training_arguments
-from kdcache.student.assembly import collator_of, order_of
+from kdcache.student.assembly import collator_of, order_of, tell_of_init
 from kdcache.student.batches import Batch, MicroBatches, SplitDataset
 from kdcache.student.bench import padded_tokens
 from kdcache.student.distill import fitting_cache
+from kdcache.student.hidden import refuse_impossible_term, refuse_other_live_teacher
+from kdcache.student.initial import is_made, stored_dtype
 from kdcache.student.parameters import Parameters, count_parameters, outline, read_config
 from kdcache.student.probe import Probe, probe, shortened, write_random
 from kdcache.student.processes import launched
 from kdcache.student.sampler import BatchPlan
+from kdcache.student.shapes import count
 from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Micro-batches that sizes are taken from: runs of neighbours, which lie in the same shards, at places spread over an epoch.
 _PLACES, _NEIGHBOURS = 6, 8
@@ -149,6 +157,9 @@ def estimate_training(
     tokenizer = load_tokenizer(student.model, student.revision)
     refuse_other_tokens(token_map(tokenizer), cache.vocabulary(), student.model)
     config = read_config(student)
+    tell_of_init(recipe, cache, progress)
+    refuse_impossible_term(recipe, config, cache)
+    refuse_other_live_teacher(recipe, cache)
     base = outline(config, student)
     refuse_narrow_head(base, cache.vocab_size, student.model)
     train, validation = cache.split(TRAIN), cache.split(VALIDATION)
@@ -178,6 +189,11 @@ def estimate_training(
         "time and activations are those without torch.compile": training.compile,
         f"the size of {optimizer}'s state is not known, and is in no sum": parameters.state_bytes is None,
         "the student has no list of layers that could be shortened, so that time and activations are not known": not measured,
+        f"the student as it starts is kept beside it: {_made_bytes(config, student) / 2**20:,.1f} MiB more on disk": is_made(
+            student
+        ),
+        f"the live teacher of loss.hidden_weight is in no figure: {_teacher_bytes(recipe) / 2**20:,.1f} MiB of weights on its "
+        "device, and its forward pass on every batch": recipe.loss.hidden_weight > 0,
     }
     # An evaluation takes the sequences in their order, and cuts them too: its batches are about those of the training.
     sampled = training.max_length is not None or sequences < len(train)
@@ -204,6 +220,27 @@ def estimate_training(
         reading_seconds=0.0 if training.workers else sample.seconds,
         remarks=tuple(text for text, applies in remarks.items() if applies),
     )
+
+
+def _made_bytes(config: PreTrainedConfig, student: StudentSection) -> int:
+    """What a made student takes on disk, in the precision that it is stored in; 0 for one that is not made."""
+    if not is_made(student):
+        return 0
+    stored: torch.dtype = getattr(torch, stored_dtype(config))
+    return count(config).total * stored.itemsize
+
+
+def _teacher_bytes(recipe: Recipe) -> int:
+    """Weights of the teacher that a term on hidden states keeps beside the student; 0 without one."""
+    teacher = recipe.teacher
+    if teacher is None or not recipe.loss.hidden_weight:
+        return 0
+    kept = teacher.model_dump(include={"model", "revision", "quantization", "dtype", "device"})
+    section = StudentSection.model_validate(kept)
+    p = count_parameters(outline(read_config(section), section), section, "sgd")
+    # Counted as a student's: of a quantised one, what is not quantised would be taken to float32.
+    size = getattr(torch, effective_dtype(section.quantization, section.dtype)).itemsize
+    return p.base_bytes - (p.frozen * (4 - size) if p.quantised else 0)
 
 
 @dataclass(frozen=True)

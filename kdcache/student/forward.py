@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from kdcache.models import head_of
 from kdcache.student.collate import IGNORED
 from kdcache.student.divergence import Divergence
 from kdcache.student.loss import LossSums, SparseTeacher, distillation_loss
+
+if TYPE_CHECKING:
+    from kdcache.student.hidden import HiddenTerm
 
 
 def loss_sums(
@@ -26,6 +29,7 @@ def loss_sums(
     kd_weight: float,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
+    hidden: HiddenTerm | None = None,
 ) -> LossSums:
     """Loss sums of a batch made by `Collator`.
 
@@ -41,6 +45,7 @@ def loss_sums(
         kd_weight: lambda_KD.
         divergence: as `distillation_loss` takes it.
         beta: of the generalised JSD.
+        hidden: a term on hidden states, added to the total.
     """
     following = batch["labels"][:, 1:]
     counts = following != IGNORED
@@ -71,9 +76,11 @@ def loss_sums(
         return hidden_BLD[:, :0]
 
     with _forward_of(base.get_output_embeddings(), loss_for_logits):
-        output = model(**model_inputs(base, batch), use_cache=False)
+        asked = {} if hidden is None else {"output_hidden_states": hidden.wanted}
+        output = model(**model_inputs(base, batch), use_cache=False, **asked)
     # A sum of nothing, which ties the loss to the output that engines watch to know when the backward pass begins.
-    return replace(sums[0], total=sums[0].total + output.logits.sum())
+    total = sums[0].total + output.logits.sum()
+    return replace(sums[0], total=total if hidden is None else total + hidden(output.hidden_states, batch, counts))
 
 
 def model_inputs(base: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,9 @@ __all__ = ["CsvLog", "read_log"]
 
 _SCHEDULED = ("temperature", "ce_weight", "kd_weight")
 _EVALUATED = ("eval_loss", "eval_perplexity", "eval_kl")
-_LOG_COLUMNS = ("step", "epoch", "loss", "ce", *DIVERGENCE_KEYS, "learning_rate", "grad_norm", *_SCHEDULED, *_EVALUATED)
+_LOG_COLUMNS = (
+    "step", "epoch", "loss", "ce", *DIVERGENCE_KEYS, "hidden", "learning_rate", "grad_norm", *_SCHEDULED, *_EVALUATED,
+)  # fmt: skip
 
 
 class CsvLog(transformers.TrainerCallback):

@@ -16,9 +16,10 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from kdcache.errors import ModelError
-from kdcache.models import effective_dtype, first_line, quiet_libraries, refuse_missing_folder
+from kdcache.models import effective_dtype, first_line
 from kdcache.recipe_student import StudentSection
 from kdcache.student.assembly import with_adapter
+from kdcache.student.initial import made_config, read_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -75,20 +76,12 @@ class Parameters:
 
 
 def read_config(student: StudentSection) -> PreTrainedConfig:
-    """The student's configuration.
+    """The student's configuration, as it is or as it will be made.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or the student not be made from it.
     """
-    quiet_libraries()
-    refuse_missing_folder(student.model)
-    try:
-        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
-            student.model, revision=student.revision, trust_remote_code=False
-        )
-    except Exception as exc:
-        raise ModelError(f"cannot read the configuration of {student.model}: {first_line(exc)}") from exc
-    return config
+    return made_config(read_source(student), student)
 
 
 def outline(config: PreTrainedConfig, student: StudentSection) -> PreTrainedModel:

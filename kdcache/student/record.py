@@ -17,6 +17,7 @@ from pydantic_core import to_jsonable_python
 
 from kdcache import __version__
 from kdcache.cache.files import write_file
+from kdcache.cache.mixture import Mixture
 from kdcache.cache.reader import Cache
 from kdcache.errors import StorageError, TrainingError
 from kdcache.evaluate.perplexity import Score
@@ -37,6 +38,8 @@ from kdcache.run_record import (
     load_record,
 )
 from kdcache.student.checkpoints import checkpoints, problem_of
+from kdcache.student.initial import is_made
+from kdcache.student.start import BASE, UNBEGUN, MadeBase, base_facts, described_base, put_in_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +56,9 @@ _FREE_KEYS = (
     "training.accumulation",
     "training.workers",
     "cache.directory",
+    # Ids and weights are in the mixture's id.
+    "cache.weight",
+    "cache.mixture",
     "cache.positions_per_shard",
     "training.save_steps",
     "training.keep_checkpoints",
@@ -87,7 +93,8 @@ class RunDirectory:
             TrainingError: the directory holds a run that neither flag allows to touch, or another run.
         """
         self._overwrite = overwrite
-        found = sorted(p.name for p in self.path.iterdir() if p.name != _LOCK) if self.path.is_dir() else []
+        apart = (_LOCK, *UNBEGUN)
+        found = sorted(p.name for p in self.path.iterdir() if p.name not in apart) if self.path.is_dir() else []
         if found and not self._started.exists():
             raise TrainingError(
                 f"{self.path} holds something that is no run ({', '.join(found[:4])}); give the recipe key output "
@@ -106,7 +113,7 @@ class RunDirectory:
                 return load_record(self.path)
         return None
 
-    def begin(self, recipe: Recipe, cache_id: str, *, world: int = 1) -> None:
+    def begin(self, recipe: Recipe, cache_id: str, *, world: int = 1, made: MadeBase | None = None) -> None:
         """Make the directory and write down whose it is; called when nothing but the training can fail any more.
 
         Only now is an earlier run forgotten.
@@ -114,9 +121,8 @@ class RunDirectory:
         Raises:
             StorageError: it cannot be written.
         """
+        self.hold()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take()
             if self._overwrite:
                 for path in (self.model, self.checkpoints):
                     shutil.rmtree(path, ignore_errors=True)
@@ -124,13 +130,26 @@ class RunDirectory:
                 judged = (self.path / name for name in (EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE))
                 for path in (self.log, self._record, self.table, self.plot, *judged, self._started):
                     path.unlink(missing_ok=True)
+            put_in_place(recipe.student, self.path, made)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
-        write_file(self._started, json.dumps(_identity(recipe, cache_id, world), indent=1).encode())
+        values = {**_identity(recipe, cache_id, world), **base_facts(self.path)}
+        write_file(self._started, json.dumps(values, indent=1).encode())
 
-    def _take(self) -> None:
-        """Hold the directory until `release`, or the end of the process: two trainings would write into each other."""
-        self._lock = (self.path / _LOCK).open("a")
+    def hold(self) -> None:
+        """Make the directory, and hold it until `release` or the end of the process: two trainings would write into each other.
+
+        Raises:
+            StorageError: it cannot be made.
+            TrainingError: another process holds it.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK).open("a")
+        except OSError as exc:
+            raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
         try:
             # Of this process alone: workers that outlive it for some seconds should not hold up who goes on.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +214,8 @@ def run_record(
         "kdcache": __version__,
         "recipe": recipe.model_dump(mode="json"),
         "cache_id": cache.id,
-        "plan_digest": cache.plan.digest,
+        "plan_digest": (cache.first if isinstance(cache, Mixture) else cache).plan.digest,
+        **({"mixture": cache.described()} if isinstance(cache, Mixture) else {}),
         # What the cache holds, which the recipe need not say.
         "selection": cache.plan.selection.model_dump(mode="json"),
         "scores": {name: score.as_record() for name, score in scores.items()},
@@ -217,6 +237,7 @@ def write_model_card(folder: Path, recipe: Recipe, cache: Cache, scores: dict[st
     """Say in the saved student's folder what it is, and let others read it as far as the umask allows."""
     student, teacher = recipe.student, cache.plan.teacher
     name = "" if student is None else student.model
+    start = described_base(folder.parent) if student is not None and is_made(student) else None
     lines = [
         "---",
         "library_name: peft" if student is not None and student.lora is not None else "library_name: transformers",
@@ -228,6 +249,7 @@ def write_model_card(folder: Path, recipe: Recipe, cache: Cache, scores: dict[st
         f"Trained with kdcache from cache `{cache.id}`, T = {describe(recipe.loss.temperature)}, "
         f"weights {describe(recipe.loss.ce_weight)} (CE) and {describe(recipe.loss.kd_weight)} (KD).",
         "",
+        *([] if start is None else [f"Started from {start}: the folder `{BASE}` of the run directory.", ""]),
         "| model | loss | perplexity |",
         "|---|---:|---:|",
         *(f"| {row} | {score.loss:.4f} | {score.perplexity:.3f} |" for row, score in scores.items()),
@@ -258,7 +280,10 @@ def _completed(keys: dict[str, Any]) -> dict[str, Any]:
         above = {".".join(parts[: i + 1]) for i in range(len(parts) - 1)}
         # A section that was null has no keys; a key with others below it has a value already.
         known = key in keys or above & keys.keys() or any(k.startswith(f"{key}.") for k in keys)
-        if default is not ... and not known:
+        # Of a section that may be left out altogether, and was, none of its keys had a value.
+        optional = len(parts) > 1 and Recipe.model_fields[parts[0]].get_default(call_default_factory=True) is None
+        left_out = optional and not any(k.startswith(f"{parts[0]}.") for k in keys)
+        if default is not ... and not known and not left_out:
             found |= flat_keys({key: to_jsonable_python(default)})
     return found
 

@@ -17,6 +17,7 @@ from kdcache.student.batches import Batch, MicroBatches, OrderOptions, SplitData
 from kdcache.student.checkpoints import best_checkpoint, saved_whole
 from kdcache.student.divergence import Divergence
 from kdcache.student.forward import loss_sums
+from kdcache.student.hidden import HiddenTerm, detach_projection, without_projection
 from kdcache.student.nonfinite import NonFiniteGuard, named_sequences, skipped_in
 from kdcache.student.processes import turns
 from kdcache.student.sampler import BatchPlan, MicroBatchNumbers
@@ -50,6 +51,7 @@ class CachedDistillation:
         order: OrderOptions | None = None,
         skip_nonfinite: int = 0,
         tell: Callable[[str], None] | None = None,
+        hidden: HiddenTerm | None = None,
     ) -> None:
         """Choose the loss and the order of samples.
 
@@ -67,6 +69,7 @@ class CachedDistillation:
             order: seed and manner of the order of samples.
             skip_nonfinite: steps with a loss or gradient that is not finite to leave out before the training stops.
             tell: given every warning in words.
+            hidden: a term on hidden states, its projection attached to the model already.
         """
         self._scheduled = {"temperature": temperature, "ce_weight": ce_weight, "kd_weight": kd_weight}
         self._loss_options: dict[str, Any] = {"vocab_size": vocab_size, "divergence": divergence, "beta": beta}
@@ -77,8 +80,9 @@ class CachedDistillation:
         self._sum_over = self.args.per_device_train_batch_size
         # Makes the trainer count targets over the accumulation window and leave our scaling alone.
         self.model_accepts_loss_kwargs = True
-        # CE, divergence and tokens since the last log line, and those of the step in flight.
-        self._window, self._pending = torch.zeros(2, 3, dtype=torch.float64)
+        self._hidden = hidden
+        # CE, divergence, hidden states and tokens since the last log line, and those of the step in flight.
+        self._window, self._pending = torch.zeros(2, 4, dtype=torch.float64)
         self._guard = NonFiniteGuard(skip_nonfinite, tell)
         self._numbers: MicroBatchNumbers | None = None
         self._total_steps = 1  # until there is a loader
@@ -136,16 +140,16 @@ class CachedDistillation:
         Raises:
             TrainingError: the loss is not finite and no more such steps may be left out; the sequences at fault are named.
         """
-        sums = loss_sums(
-            model, self.accelerator.unwrap_model(model), inputs, **self._loss_options, **self._weights(inputs)
-        )
+        base, term = self.accelerator.unwrap_model(model), self._hidden
+        sums = loss_sums(model, base, inputs, **self._loss_options, **self._weights(inputs), hidden=term)
+        apart = torch.zeros_like(sums.ce) if term is None else term.last
         # One wait for the device, and not one for each number.
-        total, ce, divergence = torch.stack([sums.total.detach(), sums.ce, sums.divergence]).double().tolist()
+        total, ce, divergence, hidden = torch.stack([sums.total.detach(), sums.ce, sums.divergence, apart]).tolist()
         tokens = len(sums.ce_N)
         if not math.isfinite(total):
             self._guard.loss_not_finite(named_sequences(sums, inputs), self.state)
         elif model.training:  # an evaluation in between is no part of the training log
-            self._pending += torch.tensor([ce, divergence, tokens], dtype=torch.float64)
+            self._pending += torch.tensor([ce, divergence, hidden, tokens], dtype=torch.float64)
             self._guard.seen(inputs)
         if self._reduction == "sum":
             loss = sums.total * (self.args.world_size * self._sum_over / self._numbers.plan.global_batch)
@@ -185,11 +189,12 @@ class CachedDistillation:
         """Add CE and divergence per token since the last log line, over all processes, and what is scheduled."""
         if "loss" in logs:
             window = self._window.to(torch.float32).to(self.args.device)
-            ce, divergence, tokens = self.accelerator.reduce(window, "sum").tolist()
+            ce, divergence, hidden, tokens = self.accelerator.reduce(window, "sum").tolist()
             self._window.zero_()
             if tokens:
                 name = self._loss_options["divergence"]
                 logs = {**logs, "ce": ce / tokens, LOGGED_AS.get(name, name): divergence / (tokens * self._kept_share)}
+                logs |= {} if self._hidden is None else {"hidden": hidden / tokens}
             # Of the step that was just made.
             step = max(0, self.state.global_step - 1)
             moving = {k: _value_at_step(v, self._total_steps, step) for k, v in self._scheduled.items() if callable(v)}
@@ -208,6 +213,25 @@ class CachedDistillation:
         """A checkpoint appears under its name once it is whole."""
         with saved_whole(self):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self._hidden is not None and self.args.should_save:
+                self._hidden.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The student alone: what trains with it has a file of its own."""
+        with without_projection(self.model):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        """A checkpoint's weights, and what of the training is no part of the student."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if self._hidden is not None:
+            self._hidden.load(Path(resume_from_checkpoint))
+
+    def end_hidden(self: Any) -> None:
+        """The training is over: let the teacher go, and take the projection off the student."""
+        if self._hidden is not None:
+            detach_projection(self.model)
+            self._hidden = None
 
 
 class DistillationTrainer(CachedDistillation, transformers.Trainer):

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdcache.cache.mixture import open_caches
 from kdcache.cache.store import open_cache
 from kdcache.errors import BrokenRunError, KdcacheError, RecipeError
 from kdcache.recipe import Recipe
@@ -32,18 +33,20 @@ def ready_rows(recipe: Recipe, *, cache_to_come: bool = False) -> list[Row]:
     rows, ends = expand(recipe), ends_of_search(recipe)
     if ends and importlib.util.find_spec("optuna") is None:
         raise RecipeError("sweep.search needs Optuna: pip install 'kdcache[search]'")
-    opened: dict[str, Cache] = {}
+    opened: dict[tuple[tuple[str, float], ...], Cache] = {}
     for row in [*rows, *ends]:
-        place = row.recipe.cache.directory
+        places = row.recipe.cache.places
         try:
             if row.recipe.student is None:
                 raise RecipeError("the recipe has no section student")
-            if place == recipe.cache.directory and cache_to_come:
+            if places[0][0] == recipe.cache.directory and cache_to_come:
                 _refuse_undeclared(row.recipe)
+                for place, _ in places[1:]:
+                    open_cache(place)
                 continue
-            if place not in opened:
-                opened[place] = open_cache(place)
-            refuse_unfit(row.recipe, opened[place])
+            if places not in opened:
+                opened[places] = open_caches(places)
+            refuse_unfit(row.recipe, opened[places])
         except KdcacheError as exc:
             raise type(exc)(f"row {row.name}: {exc}") from exc
     return rows

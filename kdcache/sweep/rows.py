@@ -29,6 +29,8 @@ _LONGEST_NAME = 80
 # What lies beside the rows in the directory of a sweep.
 RESERVED = ("sweep.json", "leaderboard.md", "search.log", "errors.log", "report", "report.html", "report.md")
 _OF_THE_CACHE = ("data", "teacher", "selection", "embedded", "cache")
+# Which caches are read, and not how one is made.
+_PLACES = ("cache.directory", "cache.weight", "cache.mixture")
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def _refuse_key(key: str, value: Any, changes: dict[str, Any], where: str) -> No
         raise RecipeError(
             f"{where} changes {key}; the recipe's output is the sweep's directory, and every row lies in it by its name"
         )
-    if section not in _OF_THE_CACHE or key == "cache.directory":
+    if section not in _OF_THE_CACHE or key in _PLACES:
         if isinstance(value, dict) and any(known.startswith(f"{key}.") for known in recipe_keys(Recipe)):
             # It would put all other keys of the section back to their defaults, unnoticed.
             example = f", such as {key}.{next(iter(value))}" if value else ""

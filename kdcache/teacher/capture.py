@@ -1,6 +1,7 @@
 """PHASE ONE on one screen: a recipe becomes a cache directory.
 
 data -> tokens -> plan -> for each shard that is not there: forward, select, encode, write -> manifest.
+Where the teacher is to answer the data's prompts, it does so first, and its answers are the tokens.
 A second thread encodes and writes while the model runs; if it fails, the run fails at once. Several workers
 make a share of the shards each, with nothing between them but the directory.
 """
@@ -15,15 +16,17 @@ from pathlib import Path
 
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.writer import CacheWriter
-from kdcache.errors import CacheError, PlanMismatchError
+from kdcache.errors import CacheError, PlanMismatchError, StorageError
 from kdcache.models import load_model, refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
 from kdcache.teacher.budget import SAMPLE_POSITIONS, adopted_floors, find_floors
 from kdcache.teacher.draws import chance_of
 from kdcache.teacher.forward import TeacherForward
-from kdcache.teacher.planning import PlannedCache, plan_cache, teacher_sections
+from kdcache.teacher.generate import generate, prepare
+from kdcache.teacher.planning import Ground, PlannedCache, pad_id, plan_cache, teacher_sections
 from kdcache.teacher.sample import hidden_sample, sample_rows, shard_content
+from kdcache.teacher.spool import Spool
 from kdcache.teacher.workers import ALONE, Worker
 
 # Shards that may wait for the writer: more would only hold memory.
@@ -54,28 +57,48 @@ class ShareResult:
     unfinished: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class AnswerShare:
+    """One worker's share of the answers that a cache is to be made of, while others are not done: batches made and missing."""
+
+    batches_made: int
+    unfinished: int
+    seconds: float
+
+
 def capture(recipe: Recipe, progress: Progress | None = None) -> CaptureResult:
     """Make the recipe's cache, or go on with it where an earlier run stopped.
 
     Raises:
-        KdcacheError: bad input, a directory of another plan, a full disk; committed shards stay.
+        KdcacheError: bad input, a directory of another plan, a full disk; committed shards and answers stay.
     """
-    made = _make_share(recipe, ALONE, progress or Silent())
+    progress = progress or Silent()
+    drafted = _drafted(recipe, ALONE, progress)
+    if isinstance(drafted, AnswerShare):
+        raise CacheError("answers are missing that this process should have made; run kdcache teacher-cache again")
+    made = _make_share(recipe, drafted, progress)
     return made.complete(made.writer.finalise())
 
 
-def capture_share(recipe: Recipe, worker: Worker, progress: Progress | None = None) -> CaptureResult | ShareResult:
+def capture_share(
+    recipe: Recipe, worker: Worker, progress: Progress | None = None
+) -> CaptureResult | ShareResult | AnswerShare:
     """Make one worker's shards of the recipe's cache; the one that finds all shards there finishes the cache.
 
-    Workers know nothing of each other but the files, so any of them can be stopped, started again or left out:
-    whoever runs `capture` makes what is missing.
+    Where the teacher answers first, its batches are shared as shards are, and the worker that then finds all answers
+    there makes all shards. Workers know nothing of each other but the files, so any of them can be stopped, started
+    again or left out: whoever runs `capture` makes what is missing.
 
     Raises:
         KdcacheError: as `capture`.
     """
     if worker.count == 1:
         return capture(recipe, progress)
-    made = _make_share(recipe, worker, progress or Silent())
+    progress = progress or Silent()
+    drafted = _drafted(recipe, worker, progress)
+    if isinstance(drafted, AnswerShare):
+        return drafted
+    made = _make_share(recipe, drafted, progress)
     manifest = made.writer.settled()
     if manifest is None:
         unfinished = made.writer.unfinished()
@@ -86,13 +109,27 @@ def capture_share(recipe: Recipe, worker: Worker, progress: Progress | None = No
 
 
 @dataclass(frozen=True)
+class _Drafted:
+    """A plan whose floors may be open, the teacher where it is loaded already, and where its answers wait if it gave any."""
+
+    planned: PlannedCache
+    teacher: TeacherForward | None
+    spool: Spool | None
+    worker: Worker
+    started: float
+
+
+@dataclass(frozen=True)
 class _Made:
     writer: CacheWriter
     shards: int
     positions: int
     started: float
+    spool: Spool | None
 
     def complete(self, manifest: Manifest) -> CaptureResult:
+        if self.spool is not None:
+            self.spool.remove()
         return CaptureResult(
             self.writer.directory, self.writer.plan, manifest, self.shards, self.positions, self._seconds()
         )
@@ -106,11 +143,24 @@ class _Made:
         return time.monotonic() - self.started
 
 
-def _make_share(recipe: Recipe, worker: Worker, progress: Progress) -> _Made:
+def _drafted(recipe: Recipe, worker: Worker, progress: Progress) -> _Drafted | AnswerShare:
     started = time.monotonic()
-    drafted = plan_cache(recipe, progress)
-    planned, teacher = settle_floors(recipe, drafted, progress, worker=worker)
-    writer, planned = _open_writer(Path(recipe.cache.directory), drafted, planned)
+    data, _ = teacher_sections(recipe)
+    if data.source == "dataset":
+        return _Drafted(plan_cache(recipe, progress), None, None, worker, started)
+    task = prepare(recipe, progress)
+    done = generate(recipe, task, lambda: load_ground(recipe, task.ground, worker), progress, worker)
+    if done.planned is None:
+        return AnswerShare(done.made, done.unfinished, time.monotonic() - started)
+    # The others may have gone, with answers missing: whoever made some and finds them all there is the last.
+    worker = ALONE if done.made else worker
+    return _Drafted(done.planned, done.teacher, task.spool, worker, started)
+
+
+def _make_share(recipe: Recipe, drafted: _Drafted, progress: Progress) -> _Made:
+    worker = drafted.worker
+    planned, teacher = settle_floors(recipe, drafted.planned, progress, worker=worker, teacher=drafted.teacher)
+    writer, planned = _open_writer(Path(recipe.cache.directory), drafted.planned, planned)
     own = worker.shards(len(planned.plan.shards))
     todo, complaints = writer.survey(own)
     for complaint in complaints:
@@ -127,9 +177,13 @@ def _make_share(recipe: Recipe, worker: Worker, progress: Progress) -> _Made:
         progress.begin("teacher cache", positions, "positions")
         try:
             _make_shards(recipe, planned, teacher, writer, todo, progress)
+        except StorageError:
+            # Another worker that was last as well may be done by now, and have taken the answers away.
+            if drafted.spool is None or writer.settled() is None:
+                raise
         finally:
             progress.end()
-    return _Made(writer, len(todo), positions, started)
+    return _Made(writer, len(todo), positions, drafted.started, drafted.spool)
 
 
 def _open_writer(directory: Path, drafted: PlannedCache, planned: PlannedCache) -> tuple[CacheWriter, PlannedCache]:
@@ -144,16 +198,24 @@ def _open_writer(directory: Path, drafted: PlannedCache, planned: PlannedCache) 
 
 
 def settle_floors(
-    recipe: Recipe, planned: PlannedCache, progress: Progress, *, writing: bool = True, worker: Worker = ALONE
+    recipe: Recipe,
+    planned: PlannedCache,
+    progress: Progress,
+    *,
+    writing: bool = True,
+    worker: Worker = ALONE,
+    teacher: TeacherForward | None = None,
 ) -> tuple[PlannedCache, TeacherForward | None]:
     """The plan with its probability floors: given, taken from the run that goes on, or found with the teacher (returned
-    where it had to be loaded).
+    where it is loaded, perhaps before).
 
     Raises:
         CacheError: ``writing``, and the cache directory holds something else, or another plan.
     """
+    if teacher is not None:
+        teacher.states = planned.states
     if not planned.floors_open:
-        return planned, None
+        return planned, teacher
     try:
         adopted = adopted_floors(planned, Path(recipe.cache.directory))
     except CacheError:
@@ -161,9 +223,9 @@ def settle_floors(
             raise
         adopted = None
     if adopted is not None:
-        return adopted, None
+        return adopted, teacher
     _, section = teacher_sections(recipe)
-    teacher = load_teacher(recipe, planned, worker)
+    teacher = teacher or load_teacher(recipe, planned, worker)
     rows = sample_rows(planned, batch_tokens=section.batch_tokens, positions=SAMPLE_POSITIONS)
     sample = hidden_sample(teacher, rows, batch_tokens=section.batch_tokens)
     return find_floors(planned, sample, progress=progress), teacher
@@ -171,6 +233,17 @@ def settle_floors(
 
 def load_teacher(recipe: Recipe, planned: PlannedCache, worker: Worker = ALONE) -> TeacherForward:
     """The recipe's teacher on the worker's device, ready to give rows over the plan's vocabulary."""
+    forward = _load(recipe, len(planned.tokens), planned.plan.tokenizer.pad_id, worker)
+    forward.states = planned.states
+    return forward
+
+
+def load_ground(recipe: Recipe, ground: Ground, worker: Worker = ALONE) -> TeacherForward:
+    """The recipe's teacher before there is a plan."""
+    return _load(recipe, len(ground.tokens), pad_id(ground), worker)
+
+
+def _load(recipe: Recipe, tokens: int, pad: int, worker: Worker) -> TeacherForward:
     _, section = teacher_sections(recipe)
     model = load_model(
         section.model,
@@ -179,8 +252,8 @@ def load_teacher(recipe: Recipe, planned: PlannedCache, worker: Worker = ALONE) 
         dtype=section.dtype,
         device=worker.device(section.device),
     )
-    refuse_narrow_head(model, len(planned.tokens), section.model)
-    return TeacherForward(model, vocab_size=len(planned.tokens), pad_id=planned.plan.tokenizer.pad_id)
+    refuse_narrow_head(model, tokens, section.model)
+    return TeacherForward(model, vocab_size=tokens, pad_id=pad)
 
 
 def _make_shards(

@@ -30,6 +30,8 @@ LOGIT_BYTES = 256 << 20
 Uniforms = NDArray[np.float64]
 Select = Callable[[torch.Tensor, torch.Tensor, Uniforms | None], Selected]
 Thin = Callable[[SparseRows, NDArray[np.float32]], SparseRows]
+# Hidden states [P, D] of the targets of some rows, where they were kept; None where one of the rows is not known.
+States = Callable[[Sequence[TokenRow]], torch.Tensor | None]
 
 
 def length_buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -50,14 +52,16 @@ class TeacherForward:
         model: causal language model in evaluation mode.
         vocab_size: columns of the head that stand for tokens; padding beyond is left out of the softmax.
         pad_id: token that fills short rows; its positions are masked.
+        states: hidden states that are there already; for other rows the decoder runs.
     """
 
-    def __init__(self, model: PreTrainedModel, *, vocab_size: int, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int, pad_id: int, states: States | None = None) -> None:
         self.decoder = model.get_decoder()
         self.device = model.device
         weight, bias = head_of(model)
         self.head = Head(weight[:vocab_size], None if bias is None else bias[:vocab_size])
         self.pad_id = pad_id
+        self.states = states
 
     @torch.inference_mode()
     def __call__(
@@ -133,6 +137,10 @@ class TeacherForward:
         Raises:
             ModelError: out of memory; the batch is named.
         """
+        kept = None if self.states is None else self.states(rows)
+        if kept is not None:
+            labels = np.concatenate([row.ids[row.targets] for row in rows]).astype(np.int64)
+            return kept.to(self.device), torch.from_numpy(labels).to(self.device)
         longest = max(len(r.ids) for r in rows)
         ids_BL = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
         targets_BL = np.zeros((len(rows), longest), dtype=bool)

@@ -19,28 +19,33 @@ from kdcache.cache.manifest import (
 )
 from kdcache.cache.remote import is_url
 from kdcache.cache.selection import SelectionPlan
-from kdcache.data.examples import load_examples
-from kdcache.data.tokens import TokenRow, TokenRows, template_sha256, tokenise
+from kdcache.data.tokens import TokenRow, TokenRows, template_sha256
 from kdcache.errors import DataError, RecipeError
-from kdcache.models import effective_dtype, identify
+from kdcache.models import ModelIdentity, effective_dtype, identify
 from kdcache.progress import Progress
+from kdcache.teacher.splits import SPLITS, SplitRows, read_split
 from kdcache.token_maps import TokenMap, load_tokenizer, token_map
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from kdcache.recipe import Recipe, TeacherSection
-    from kdcache.recipe_data import DataSection, SourceSection
+    from kdcache.recipe_data import DataSection
     from kdcache.recipe_selection import SelectionSection
+    from kdcache.teacher.forward import States
 
 _OPEN = 1.0 - 2.0**-20
 
 
 @dataclass(frozen=True)
 class PlannedCache:
-    """A plan with what is needed to carry it out: token rows by split, and the tokenizer's map."""
+    """A plan with what is needed to carry it out: token rows by split, the tokenizer's map, and hidden states of rows where
+    they are there already."""
 
     plan: Plan
     rows: tuple[list[TokenRow], ...]
     tokens: TokenMap
+    states: States | None = None
 
     @property
     def floors_open(self) -> bool:
@@ -70,13 +75,22 @@ def teacher_sections(recipe: Recipe) -> tuple[DataSection, TeacherSection]:
     return recipe.data, recipe.teacher
 
 
-def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
-    """Read and tokenise the data, identify the teacher, and fix what goes to which shard.
+@dataclass(frozen=True)
+class Ground:
+    """What is known of a plan before any text is read: who the teacher is, and its tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    identity: ModelIdentity
+    tokens: TokenMap
+
+
+def ground_of(recipe: Recipe) -> Ground:
+    """Identify the teacher and its tokenizer.
 
     Raises:
-        KdcacheError: bad data, tokenizer, model or recipe values.
+        KdcacheError: bad tokenizer, model or recipe values.
     """
-    data, teacher = teacher_sections(recipe)
+    _, teacher = teacher_sections(recipe)
     if is_url(recipe.cache.directory):
         raise RecipeError(
             f"cache.directory is {recipe.cache.directory}, and a teacher writes into a directory of this machine; give one, "
@@ -89,76 +103,123 @@ def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
         raise RecipeError(
             f"selection.k is {recipe.selection.k}, but the vocabulary of {teacher.model} has only {len(tokens)} tokens"
         )
-    splits, rows, shards, shapes = [], [], [], set()
-    for number, (name, source) in enumerate((("train", data.train), ("validation", data.validation))):
-        examples = load_examples(
-            source.path,
-            split=source.split,
-            name=source.name,
-            revision=source.revision,
-            shape=data.shape,
-            columns={str(ours): theirs for ours, theirs in data.columns.items()},
+    return Ground(tokenizer, identity, tokens)
+
+
+def plan_cache(recipe: Recipe, progress: Progress) -> PlannedCache:
+    """Read and tokenise the data, identify the teacher, and fix what goes to which shard.
+
+    Raises:
+        KdcacheError: bad data, tokenizer, model or recipe values; text that the teacher has yet to write.
+    """
+    data, _ = teacher_sections(recipe)
+    if data.source == "generate":
+        raise RecipeError(
+            "data.source is generate, and what the teacher answers is known once kdcache teacher-cache has run; give its cache "
+            "instead of the recipe"
         )
-        shapes.add(examples.shape)
-        tokenised = tokenise(
-            examples,
-            tokenizer,
-            prompt=data.prompt,
-            system=data.system,
-            date=data.date,
-            max_length=data.max_length,
-        )
-        tell = progress.warning if tokenised.dropped_no_target > tokenised.examples // 20 else progress.message
-        tell(f"{name}: {describe(tokenised, data.max_length)}")
-        if not tokenised.rows:
-            raise DataError(
-                f"{source.path} {source.split}: no example has a response token within {data.max_length} tokens "
-                f"({describe(tokenised, data.max_length)}); raise data.max_length or look at the columns"
-            )
-        _refuse_unknown_ids(tokenised, len(tokens), teacher.model)
-        splits.append(_split_plan(name, source, examples.name, tokenised))
-        rows.append(tokenised.rows)
-        shards += _cut(number, tokenised.rows, recipe.cache.positions_per_shard)
+    ground = ground_of(recipe)
+    return plan_rows(recipe, ground, [read_split(data, name, ground.tokenizer, progress) for name in SPLITS])
+
+
+def plan_rows(recipe: Recipe, ground: Ground, found: Sequence[SplitRows]) -> PlannedCache:
+    """The plan over the rows of both splits.
+
+    Raises:
+        KdcacheError: token ids that the head does not know, or too many shards.
+    """
+    data, teacher = teacher_sections(recipe)
+    shards: list[ShardPlan] = []
+    for number, split in enumerate(found):
+        _refuse_unknown_ids(split.tokenised, len(ground.tokens), teacher.model)
+        shards += _cut(number, split.tokenised.rows, recipe.cache.positions_per_shard)
     if len(shards) > layout.SHARDS_LIMIT:
         raise RecipeError(
             f"cache.positions_per_shard {recipe.cache.positions_per_shard} makes {len(shards):,} shards, and a cache has at "
             f"most {layout.SHARDS_LIMIT:,}; raise it"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    plan = Plan(
+    splits = [_split_plan(data, split) for split in found]
+    plan = plan_of(recipe, ground, [split.shape for split in found], splits, shards)
+    return PlannedCache(plan, tuple(split.tokenised.rows for split in found), ground.tokens)
+
+
+def plan_of(
+    recipe: Recipe, ground: Ground, shapes: Sequence[str], splits: Sequence[SplitPlan], shards: Sequence[ShardPlan]
+) -> Plan:
+    """Everything a plan states, around these splits and shards; floors may still be open."""
+    return Plan(
         format=layout.FORMAT,
         version=layout.VERSION,
-        teacher=TeacherIdentity(
-            name=identity.name,
-            revision=identity.revision,
-            fingerprint=identity.fingerprint,
-            architecture=identity.architecture,
-            quantization=teacher.quantization,
-            dtype=effective_dtype(teacher.quantization, teacher.dtype),
-            batch_tokens=teacher.batch_tokens,
-        ),
-        tokenizer=TokenizerIdentity(
-            name=identity.name,
-            fingerprint=tokens.fingerprint,
-            vocab_size=len(tokens),
-            eos_id=int(tokenizer.eos_token_id),
-            pad_id=int(pad),
-        ),
-        data=DataPlan(
-            shape="+".join(sorted(shapes)),
-            columns={str(ours): theirs for ours, theirs in data.columns.items()},
-            prompt=data.prompt,
-            system=data.system,
-            date=data.date,
-            template_sha256=template_sha256(tokenizer, data.prompt),
-            max_length=data.max_length,
-            splits=tuple(splits),
-        ),
+        teacher=teacher_identity(recipe, ground),
+        tokenizer=_tokenizer_identity(ground),
+        data=_data_plan(recipe, ground, shapes, splits),
         selection=_selection_plan(recipe.selection),
         shards=tuple(shards),
         derived=None,
     )
-    return PlannedCache(plan, tuple(rows), tokens)
+
+
+def plan_around(
+    recipe: Recipe, ground: Ground, existing: Plan, shapes: Sequence[str], splits: Sequence[SplitPlan]
+) -> Plan:
+    """What the recipe would have made of ``existing``: its shards and, where the recipe leaves them open, its floors, and of
+    all else what the recipe says."""
+    selection = _selection_plan(recipe.selection)
+    if _OPEN in selection.floors:
+        selection = selection.model_copy(update={"floors": existing.selection.floors})
+    return existing.model_copy(
+        update={
+            "teacher": teacher_identity(recipe, ground),
+            "tokenizer": _tokenizer_identity(ground),
+            "data": _data_plan(recipe, ground, shapes, splits),
+            "selection": selection,
+            "derived": None,
+        }
+    )
+
+
+def teacher_identity(recipe: Recipe, ground: Ground) -> TeacherIdentity:
+    """The teacher as a plan names it."""
+    _, teacher = teacher_sections(recipe)
+    return TeacherIdentity(
+        name=ground.identity.name,
+        revision=ground.identity.revision,
+        fingerprint=ground.identity.fingerprint,
+        architecture=ground.identity.architecture,
+        quantization=teacher.quantization,
+        dtype=effective_dtype(teacher.quantization, teacher.dtype),
+        batch_tokens=teacher.batch_tokens,
+    )
+
+
+def pad_id(ground: Ground) -> int:
+    """The token that fills short rows."""
+    pad = ground.tokenizer.pad_token_id
+    return int(pad if pad is not None else ground.tokenizer.eos_token_id)
+
+
+def _tokenizer_identity(ground: Ground) -> TokenizerIdentity:
+    return TokenizerIdentity(
+        name=ground.identity.name,
+        fingerprint=ground.tokens.fingerprint,
+        vocab_size=len(ground.tokens),
+        eos_id=int(ground.tokenizer.eos_token_id),
+        pad_id=pad_id(ground),
+    )
+
+
+def _data_plan(recipe: Recipe, ground: Ground, shapes: Sequence[str], splits: Sequence[SplitPlan]) -> DataPlan:
+    data, _ = teacher_sections(recipe)
+    return DataPlan(
+        shape="+".join(sorted(set(shapes))),
+        columns={str(ours): theirs for ours, theirs in data.columns.items()},
+        prompt=data.prompt,
+        system=data.system,
+        date=data.date,
+        template_sha256=template_sha256(ground.tokenizer, data.prompt),
+        max_length=data.max_length,
+        splits=tuple(splits),
+    )
 
 
 def _selection_plan(section: SelectionSection) -> SelectionPlan:
@@ -167,19 +228,6 @@ def _selection_plan(section: SelectionSection) -> SelectionPlan:
         # Until they are found, floors that no probability lies above.
         floors = section.floors or (_OPEN,) * len(section.temperatures)
     return SelectionPlan(**{**section.recorded(), "floors": floors})
-
-
-def describe(tokenised: TokenRows, max_length: int) -> str:
-    """One line of what became of the examples."""
-    learnt = sum(r.positions for r in tokenised.rows)
-    parts = [f"{len(tokenised.rows):,} of {tokenised.examples:,} examples, {learnt:,} response tokens"]
-    if tokenised.dropped_empty:
-        parts.append(f"{tokenised.dropped_empty:,} dropped as empty")
-    if tokenised.dropped_no_target:
-        parts.append(f"{tokenised.dropped_no_target:,} dropped with no response token left")
-    if tokenised.truncated:
-        parts.append(f"{tokenised.truncated:,} longer than {max_length} tokens")
-    return ", ".join(parts)
 
 
 def _refuse_unknown_ids(tokenised: TokenRows, vocab_size: int, model: str) -> None:
@@ -191,13 +239,14 @@ def _refuse_unknown_ids(tokenised: TokenRows, vocab_size: int, model: str) -> No
             )
 
 
-def _split_plan(name: str, source: SourceSection, shown: str, tokenised: TokenRows) -> SplitPlan:
+def _split_plan(data: DataSection, split: SplitRows) -> SplitPlan:
+    tokenised = split.tokenised
     digest = hashlib.sha256(b"".join(sequence_digest(r.ids, r.targets) for r in tokenised.rows))
     return SplitPlan(
-        name=name,
-        source=shown,
-        revision=source.revision,
-        selected=source.split,
+        name=split.name,
+        source=split.shown,
+        revision=data.source_of(split.name).revision,
+        selected=data.selected(split.name),
         examples=tokenised.examples,
         dropped_empty=tokenised.dropped_empty,
         dropped_no_target=tokenised.dropped_no_target,

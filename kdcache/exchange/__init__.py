@@ -1,0 +1,1 @@
+"""Caches written in the formats of other distillation tools, and read from them."""
