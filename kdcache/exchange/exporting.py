@@ -73,7 +73,7 @@ def export_cache(
     options, progress = options or Options(), progress or Silent()
     temperature = _agreed(cache, kind, options)
     # "." and names with ".." have a parent and a name, too.
-    out = out.resolve()
+    shown, out = out, out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out} is there already; give another folder, or remove it")
     with _whole(out) as folder:
@@ -84,7 +84,7 @@ def export_cache(
         else:
             notes = _distillkit(cache, folder, temperature, options, progress)
         write_file(folder / README, _readme(cache, kind, temperature, options, notes).encode())
-    return ExportedCache(out, notes)
+    return ExportedCache(shown, notes)
 
 
 def _agreed(cache: Cache, kind: Kind, options: Options) -> float:

@@ -217,9 +217,11 @@ def _labels(
     share = np.log(np.maximum(outside, _LEAST) / free)
     top = np.maximum.reduceat(log_probs, np.cumsum(counts) - counts)
     # To T = 1 and normalised anew, the rest as so many equal tokens.
-    sums = np.bincount(owner, weights=np.exp(temperature * (log_probs - top[owner])))
-    sums += np.where(outside > 0, free * np.exp(temperature * (share - top)), 0.0)
-    log_z = temperature * top + np.log(sums)
+    # What is largest is taken out first, which in a row of next to nothing is the rest.
+    peak = np.where(outside > 0, np.maximum(top, share), top)
+    sums = np.bincount(owner, weights=np.exp(temperature * (log_probs - peak[owner])))
+    sums += np.where(outside > 0, free * np.exp(temperature * np.minimum(share - peak, 0.0)), 0.0)
+    log_z = temperature * peak + np.log(sums)
     found = np.minimum(
         temperature * share - log_z, temperature * np.minimum.reduceat(log_probs, np.cumsum(counts) - counts) - log_z
     )

@@ -308,6 +308,17 @@ def test_the_labels_guess_is_the_documented_one(temperature):
     assert settled(given, "here", design=design, approximated=False, tally=Tally()).rows.label_log_prob[0] == own
 
 
+def test_a_row_that_holds_next_to_nothing_overflows_nowhere():
+    design = RowDesign((1.0,), 50)
+    sequence = PlainSequence(
+        np.array([3, 7], dtype=np.uint32), np.array([False, True]), np.array([1]), np.array([1]), np.array([-2000.0])
+    )
+    made = settled(sequence, "here", design=design, approximated=False, tally=Tally())
+    # The label is any of the 49 other tokens, or, as guesses are never above an entry, as improbable as that.
+    assert made.rows.label_log_prob.tolist() == [-2000.0]
+    assert made.rows.rest.tolist() == [[32.0]]
+
+
 def test_approximations_that_add_up_to_more_than_one_are_scaled_and_told():
     tally, design = Tally(), RowDesign((1.0,), 50)
     sequence = PlainSequence(

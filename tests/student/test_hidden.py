@@ -347,6 +347,7 @@ def test_a_teacher_is_that_of_the_first_cache_and_copies_from_the_hub_are_believ
             refuse_other_teacher(cache, str(models / "student"), "take it")
     identity = plain.plan.teacher.model_copy(update={"revision": "c" * 40, "fingerprint": "0" * 64})
     plain.plan = plain.plan.model_copy(update={"teacher": identity})
-    refuse_other_teacher(plain, str(models / "teacher"), "x")
-    assert teacher_revision(plain, str(models / "teacher")) is None
-    assert teacher_revision(plain, "owner/teacher") == "c" * 40
+    for cache in (plain, Mixture([(plain, 1.0), (open_cache(shared_cache), 1.0)])):
+        refuse_other_teacher(cache, str(models / "teacher"), "x")
+        assert teacher_revision(cache, str(models / "teacher")) is None
+        assert teacher_revision(cache, "owner/teacher") == "c" * 40
