@@ -66,7 +66,7 @@ report: $(READY)  ## Tables, plots and one page of RUN=… (runs or sweeps)
 paper-mini: $(READY)  ## The reference paper's tables and figures in miniature (most of an hour): ARGS="--data … --teacher … --student …"
 	$(VENV)/bin/python benchmarks/paper_mini.py $(ARGS)
 
-pipelines: $(READY)  ## Every published pipeline in miniature (an hour): ARGS="--only pruned chain"
+pipelines: $(READY)  ## Every published pipeline in miniature (more than an hour): ARGS="--only pruned chain"
 	$(VENV)/bin/python benchmarks/pipelines.py $(ARGS)
 
 inspect: $(READY)  ## Facts about a cache: CACHE=…
