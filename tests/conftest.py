@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,3 +79,11 @@ def values(base_values, tmp_path):
 def shared_cache(base_values):
     """A complete cache that tests read and never change."""
     return capture(parse_recipe(base_values)).directory
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, although a test run in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -138,14 +138,6 @@ def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C interrupts, although a test run in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 @pytest.mark.usefixtures("interruptible")
 def test_whatever_ends_it_the_same_command_goes_on(sweep, command, tmp_path, monkeypatch):

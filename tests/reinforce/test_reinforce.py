@@ -168,6 +168,7 @@ class StopsAt(Silent):
                 os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_a_stopped_run_goes_on_to_the_same_end(runs, wanted, tmp_path, name):
     cold = {"data": {**wanted["data"]}, "cold_start": {"steps": 2, "batch_size": 2}} if name == "full" else {}

@@ -286,15 +286,21 @@ def test_without_walls_no_code_is_run(tmp_path, monkeypatch):
     refuse_without_walls()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_ctrl_c_stops_the_cell_too():
     script = (
         "from kdcache.reinforce.sandbox import run_tests, Limits\n"
         "run_tests('def f(x):\\n    while True: pass', 'f(1)', Limits(seconds=60.0))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
-    time.sleep(2.0)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 30
+        while not processes_of(str(sandbox._CELL)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.communicate(timeout=20)
+        finally:
+            process.kill()
     deadline = time.monotonic() + 5
     while (left := processes_of(str(sandbox._CELL))) and time.monotonic() < deadline:
         time.sleep(0.05)
