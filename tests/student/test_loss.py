@@ -30,7 +30,7 @@ def make_case(rows, vocabulary, kept, *, hidden=16, seed=0, ragged=False, scale=
     return states, head, labels, SparseTeacher(ids, values.float(), rest.log().float())
 
 
-def check(states, head, labels, teacher, *, tolerance=1e-5, bias=None, **weights):
+def check(states, head, labels, teacher, *, tolerance=1e-5, floor=0.0, bias=None, **weights):
     leaves = [states.clone().requires_grad_(True), head.clone().requires_grad_(True)]
     if bias is not None:
         leaves.append(bias.clone().requires_grad_(True))
@@ -42,7 +42,7 @@ def check(states, head, labels, teacher, *, tolerance=1e-5, bias=None, **weights
     for found, expected in ((sums.total, total), (sums.ce, ce), (sums.divergence, kl)):
         assert float(found.detach()) == pytest.approx(float(expected), rel=max(1e-5, tolerance / 10), abs=1e-5)
     for found, expected in zip(grads, truth, strict=True):
-        assert relative_error(found, expected) < tolerance
+        assert relative_error(found, expected) < tolerance or float((found - expected).abs().max()) < floor
 
 
 DIVERGENCES = ["forward_kl", "soft_ce", "reverse_kl", "jsd"]
@@ -332,7 +332,8 @@ def test_sums_do_not_depend_on_chunks_or_on_how_rows_are_split(
         part = SparseTeacher(teacher.ids_NK[span], teacher.log_probs_NK[span], teacher.log_tail_N[span])
         parts.append(distillation_loss(states[span], head, labels[span], part, **options))
     assert float(whole.total) == pytest.approx(float(parts[0].total + parts[1].total), rel=1e-5, abs=1e-4)
-    check(states, head, labels, teacher, tolerance=2e-5, **options)
+    # Where student and teacher are both nearly certain, 1 - q is left of the gradient, and float32 knows q to 6e-8.
+    check(states, head, labels, teacher, tolerance=2e-5, floor=1e-6, **options)
 
 
 def test_bfloat16_hidden_states_are_no_worse_than_the_naive_way():
