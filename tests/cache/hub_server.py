@@ -1,6 +1,6 @@
-"""A small server on loopback that speaks the Hub's endpoints which publishing and reading a data set call.
+"""A small server on loopback that speaks the Hub's endpoints which publishing and reading a data set, and loading a model, call.
 
-Repositories, private or not, with commits, tags, and contents that are uploaded before the commit that names them (git
+Repositories of data sets, private or not, and of models, which are only read, with commits, tags, and contents that are uploaded before the commit that names them (git
 LFS). What it does not know it answers with 501 and remembers, so that a test can say that nothing else was called.
 """
 
@@ -35,7 +35,10 @@ class Repository:
 
 
 class HubServer:
-    """``with HubServer() as hub``: ``hub.url``, ``hub.repositories``, ``hub.calls``, ``hub.unknown``, ``hub.refuse``."""
+    """``with HubServer() as hub``: ``hub.url``, ``hub.repositories``, ``hub.calls``, ``hub.unknown``, ``hub.refuse``.
+
+    A model's key in ``hub.repositories`` is ``models/OWNER/NAME``, a data set's ``OWNER/NAME``.
+    """
 
     def __init__(self):
         self.repositories = {}
@@ -229,6 +232,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(data, **about)
 
+    def resolve_model(self, repository, revision, name):
+        self.resolve(f"models/{repository}", revision, name)
+
 
 def _git_oid(data):
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
@@ -242,9 +248,15 @@ def _entry(name, data):
 
 
 _NAME = r"([^/]+/[^/]+)"
+_MODEL = r"(models/[^/]+/[^/]+)"
 _ROUTES = [
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
+    ("GET", f"/api/{_MODEL}", _Handler.info),
+    ("GET", f"/api/{_MODEL}/revision/(.+)", _Handler.info),
+    ("GET", f"/api/{_MODEL}/tree/([^/]+)/?", _Handler.tree),
+    ("GET", f"/api/{_MODEL}/tree/([^/]+)/(.+)", _Handler.tree),
+    ("POST", f"/api/{_MODEL}/paths-info/(.+)", _Handler.paths),
     ("GET", f"/api/datasets/{_NAME}", _Handler.info),
     ("GET", f"/api/datasets/{_NAME}/revision/(.+)", _Handler.info),
     ("POST", f"/api/datasets/{_NAME}/preupload/(.+)", _Handler.preupload),
@@ -256,4 +268,5 @@ _ROUTES = [
     ("GET", f"/api/datasets/{_NAME}/tree/([^/]+)/(.+)", _Handler.tree),
     ("POST", f"/api/datasets/{_NAME}/paths-info/(.+)", _Handler.paths),
     ("GET HEAD", f"/datasets/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET HEAD", f"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve_model),
 ]
