@@ -5,13 +5,12 @@ The file may have been written by another version, or by a stranger; what it say
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kdcache import __version__
 from kdcache.errors import TrainingError
-from kdcache.run_record import number, read_json
+from kdcache.run_record import is_amount, number, read_json
 from kdcache.sweep_record import stays_inside
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
@@ -84,7 +83,7 @@ def checked_stage(stage: object) -> dict[str, Any]:
     texts = ("teacher", "student", "error", "cache_id", "run", "taught_by", "merged")
     if odd := [key for key in texts if not isinstance(stage.get(key), str | None)]:
         raise ValueError(f"its {', '.join(odd)} is no text")
-    if not isinstance(seconds, dict) or not all(_is_amount(seconds.get(part, 0)) for part in PARTS):
+    if not isinstance(seconds, dict) or not all(is_amount(seconds.get(part, 0)) for part in PARTS):
         raise ValueError("its seconds are no numbers of 0 or more")
     scores = stage.get("scores")
     if scores is not None and not _are_scores(scores):
@@ -109,11 +108,6 @@ def _are_scores(scores: object) -> bool:
         and all(number(score.get(key)) is not None for key in ("loss", "perplexity", "kl_to_teacher"))
         for score in scores.values()
     )
-
-
-def _is_amount(value: object) -> bool:
-    known = number(value)
-    return known is not None and math.isfinite(known) and known >= 0
 
 
 def _refusal(directory: Path, reason: str) -> TrainingError:

@@ -11,13 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from kdcache.cache.layout import SHARD_LIMIT
-from kdcache.errors import RecipeError
 from kdcache.recipe_chain import ChainSection
 from kdcache.recipe_data import DataSection
-from kdcache.recipe_keys import explain
+from kdcache.recipe_keys import validated
 from kdcache.recipe_selection import Section, SelectionSection
 from kdcache.recipe_student import Device, Dtype, Quantization, StudentSection, with_teacher_as_student
 from kdcache.recipe_sweep import SweepSection
@@ -161,7 +160,4 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: naming the key, what was expected and, for an unknown key, the nearest known one.
     """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as exc:
-        raise RecipeError(explain(exc, Recipe)) from exc
+    return validated(Recipe, values)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+
+from kdcache.errors import RecipeError
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def recipe_keys(model: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -34,6 +38,18 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     candidates = [c for c in getattr(annotation, "__args__", (annotation,)) if c is not type(None)]
     section = candidates[0]
     return section if len(candidates) == 1 and isinstance(section, type) and issubclass(section, BaseModel) else None
+
+
+def validated(model: type[_Model], values: Any) -> _Model:
+    """The model of plain values.
+
+    Raises:
+        RecipeError: naming the key, what was expected and, for an unknown key, the nearest known one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as exc:
+        raise RecipeError(explain(exc, model)) from exc
 
 
 def explain(exc: ValidationError, model: type[BaseModel]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from kdcache.errors import RecipeError
-from kdcache.recipe_keys import explain
+from kdcache.recipe_keys import validated
 from kdcache.recipe_selection import Section
 from kdcache.recipe_student import LoraSection
 from kdcache.recipe_yaml import read_values
@@ -247,7 +247,4 @@ def parse_reinforce_recipe(values: dict[str, Any]) -> ReinforceRecipe:
             "this is a recipe for a cache and its students; kdcache reinforce takes one of recipes/reinforce, such as "
             "recipes/reinforce/embedded.yaml"
         )
-    try:
-        return ReinforceRecipe.model_validate(values)
-    except ValidationError as exc:
-        raise RecipeError(explain(exc, ReinforceRecipe)) from exc
+    return validated(ReinforceRecipe, values)

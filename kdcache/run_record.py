@@ -18,6 +18,7 @@ from kdcache import __version__
 from kdcache.errors import BrokenRunError, TrainingError
 
 RECORD_FILE, LOG_FILE, TABLE_FILE, PLOT_FILE = "run.json", "log.csv", "table.md", "loss.png"
+REINFORCED_FILE = "reinforce.json"  # of kdcache reinforce, in place of run.json
 # Measured of the finished student afterwards; each names the training it is of by `record_digest`.
 EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE = "evaluation.json", "evaluation.md", "inference.json"
 # The models that are scored, as run.json and evaluation.json name them.
@@ -70,15 +71,17 @@ def load_record(path: Path) -> RunRecord:
 
 
 def record_digest(path: Path) -> str:
-    """SHA-256 of a run directory's run.json: another one is another training.
+    """SHA-256 of a run directory's run.json, or of a reinforcement's reinforce.json: another one is another training.
 
     Raises:
         TrainingError: it is not there, or cannot be read.
     """
+    own, reinforced = path / RECORD_FILE, path / REINFORCED_FILE
+    file = reinforced if reinforced.exists() and not own.exists() else own
     try:
-        return hashlib.sha256((path / RECORD_FILE).read_bytes()).hexdigest()
+        return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as exc:
-        raise TrainingError(f"{path / RECORD_FILE} is not readable: {exc.strerror}") from exc
+        raise TrainingError(f"{file} is not readable: {exc.strerror}") from exc
 
 
 def _faults(values: dict[str, Any]) -> list[str]:
@@ -139,6 +142,12 @@ def number(value: object) -> float | int | None:
     except OverflowError:  # an integer that no float holds
         return None
     return value
+
+
+def is_amount(value: object) -> bool:
+    """Whether a value of a record is a finite number that is not negative."""
+    known = number(value)
+    return known is not None and math.isfinite(known) and known >= 0
 
 
 def flat_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,14 +6,13 @@ removed. What it says of them is checked here, once for all readers.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from kdcache import __version__
 from kdcache.errors import TrainingError
-from kdcache.run_record import number, read_json
+from kdcache.run_record import is_amount, read_json
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
 STATES: tuple[State, ...] = get_args(State)
@@ -66,7 +65,7 @@ def read_sweep_head(directory: Path) -> dict[str, Any]:
         raise _refusal(directory, f"its format is {str(found)[:40]!r}")
     kinds = {"kdcache": str, "name": str, "recipe": dict, "factors": list, "rows": list}
     odd = [key for key, kind in kinds.items() if not isinstance(values.get(key, kind()), kind)]
-    odd += [key for key in ("seconds", "jobs") if not _is_amount(values.get(key, 0))]
+    odd += [key for key in ("seconds", "jobs") if not is_amount(values.get(key, 0))]
     odd += [] if "rows" in values else ["rows"]
     if odd:
         raise _refusal(directory, f"written by kdcache {str(values.get('kdcache'))[:40]}, lacks {', '.join(odd)}")
@@ -103,7 +102,7 @@ def checked_row(row: object) -> dict[str, Any]:
         raise ValueError("its changes are no mapping")
     if error is not None and not isinstance(error, str):
         raise ValueError("its error is no text")
-    if not _is_amount(seconds):
+    if not is_amount(seconds):
         raise ValueError("its seconds are no number of 0 or more")
     return {
         "name": name,
@@ -123,11 +122,6 @@ def stays_inside(folder: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in folder and not long and bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts
-
-
-def _is_amount(value: object) -> bool:
-    known = number(value)
-    return known is not None and math.isfinite(known) and known >= 0
 
 
 def _refusal(directory: Path, reason: str) -> TrainingError:

@@ -16,7 +16,7 @@ from kdcache.student.collate import IGNORED, Collator, sparse_teacher
 from kdcache.student.forward import loss_sums
 from kdcache.student.loss import distillation_loss
 from kdcache.views import to_datasets, to_torch
-from tests.cache.samples import SELECTIONS, TOKENS, VOCAB, sample_plan, sample_sequences, selection_plan
+from tests.cache.samples import SELECTIONS, TOKENS, VOCAB, method_caches, sample_plan, sample_sequences
 
 D = 16
 CASES = [
@@ -30,25 +30,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    """One cache for each method, positions left out of the first split of one."""
-    opened = {}
-    for method in [*SELECTIONS, "thinned"]:
-        own = "threshold_sampling" if method == "thinned" else method
-        contents = [sample_sequences(n, seed=n, method=own) for n in (3, 5, 2)]
-        selection = selection_plan(own)
-        if method == "thinned":
-            selection = selection_plan(own, positions="loss", quantile=0.5)
-            for number in (0, 1):
-                rows = contents[number].rows.emptied(np.arange(len(contents[number].rows)) % 2 == 0)
-                rows = dataclasses.replace(rows, design=dataclasses.replace(rows.design, some_empty=True))
-                contents[number] = dataclasses.replace(contents[number], rows=rows)
-        directory = tmp_path_factory.mktemp(method)
-        writer = CacheWriter(directory, sample_plan(contents, selection=selection), TOKENS)
-        for index, content in enumerate(contents):
-            writer.commit(index, content)
-        writer.finalise()
-        opened[method] = open_cache(directory)
-    return opened
+    return method_caches(tmp_path_factory.mktemp("caches"))
 
 
 def student(length, seed=0):

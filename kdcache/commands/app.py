@@ -36,10 +36,14 @@ RunsArgument = Annotated[
     list[Path],
     typer.Argument(
         metavar="RUN",
-        help="Run directories of kdcache train-student; a directory of kdcache sweep or chain stands for what is finished.",
+        help="Run directories of kdcache train-student or reinforce; a directory of kdcache sweep or chain stands for what is finished.",
         show_default=False,
     ),
 ]
+
+
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with this run; a finished one is shown again.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")]
 
 
 def _version(wanted: bool) -> None:

@@ -10,7 +10,9 @@ import typer
 
 from kdcache.commands.app import (
     Overrides,
+    OverwriteOption,
     RecipeArgument,
+    ResumeOption,
     app,
     chosen_recipe,
     console_progress,
@@ -113,12 +115,8 @@ def _refuse_to_make_models(recipe: Recipe, path: Path) -> None:
 def train_student(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with this run; a finished one is shown again.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool,
         typer.Option(

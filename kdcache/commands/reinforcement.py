@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from kdcache.commands.app import Overrides, app, console_progress, say, say_lines, say_table
+from kdcache.commands.app import (
+    Overrides,
+    OverwriteOption,
+    ResumeOption,
+    app,
+    console_progress,
+    say,
+    say_lines,
+    say_table,
+)
 from kdcache.console import text_table
 
 if TYPE_CHECKING:
@@ -32,12 +41,8 @@ def reinforce(
         ),
     ],
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with this run; a finished one is shown again.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget the earlier run in the output directory.")
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     seeds: Annotated[
         Optional[str],  # noqa: UP045 (typer reads the annotation at run time)
         typer.Option(

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from kdcache.cache.reader import Split
+from kdcache.evaluate.head_inputs import HeadInputs
 from kdcache.head import Head
 from kdcache.models import head_of
 from kdcache.paired import ratio_error
-from kdcache.student.collate import IGNORED
 from kdcache.student.loss import CHUNK_BYTES, LossSums
 
 _FIELDS = ("tokens", "ce", "kl", "agreed", "compared")
@@ -39,30 +39,19 @@ class SequenceSums:
         self._model = model
         self._mixed = mixed
         self._width = vocab_size
-        self._hidden_BLD: torch.Tensor | None = None
+        self._inputs = HeadInputs(model)
         # By sequence: a pass that ran out of memory is repeated from the start.
         self._sums: dict[int, tuple[float, ...]] = {}
 
     @contextmanager
     def listening(self) -> Iterator[SequenceSums]:
         """While this lasts, the hidden states of each forward pass are held until they have been looked at."""
-
-        def hold(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            self._hidden_BLD = inputs[0]
-
-        handle = self._model.get_output_embeddings().register_forward_pre_hook(hold)
-        try:
+        with self._inputs.listening():
             yield self
-        finally:
-            handle.remove()
-            self._hidden_BLD = None
 
     def __call__(self, batch: Mapping[str, torch.Tensor], sums: LossSums) -> None:
         """Take in a batch of `Collator` and its sums."""
-        assert self._hidden_BLD is not None
-        counts = batch["labels"][:, 1:] != IGNORED
-        hidden_ND = self._hidden_BLD[:, :-1][counts]
-        self._hidden_BLD = None
+        hidden_ND = self._inputs.take(batch["labels"])
         largest_N = batch["teacher_log_probs"].amax(dim=1)
         kept_N = largest_N > -torch.inf
         if self._mixed:

@@ -24,7 +24,8 @@ from kdcache.models import effective_dtype, first_line, refuse_missing_folder
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, TeacherSection
 from kdcache.recipe_student import StudentSection
-from kdcache.run_record import INFERENCE_FILE, load_record, record_digest
+from kdcache.reinforce_record import load_trained
+from kdcache.run_record import INFERENCE_FILE, record_digest
 from kdcache.student.record import hardware
 from kdcache.student.start import as_started
 
@@ -88,7 +89,7 @@ class InferenceBench:
             TrainingError: no finished run, one without a student, or one whose recipe this version does not read.
             ModelError: the saved student, its base or the wanted teacher is not there, or the student takes no text this long.
         """
-        recipe, student = trained_recipe(load_record(run))
+        recipe, student = trained_recipe(load_trained(run))
         if self._teacher is not None:
             refuse_missing_folder(self._teacher)
         refuse_missing_student(run, student)

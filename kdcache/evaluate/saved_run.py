@@ -22,6 +22,7 @@ from kdcache.models import load_adapter, refuse_missing_folder
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, parse_recipe
 from kdcache.recipe_student import StudentSection
+from kdcache.reinforce_record import load_trained
 from kdcache.run_record import AFTER, BEFORE, RECORD_FILE, TEACHER, RunRecord, load_record, read_json, record_digest
 from kdcache.student.agreement import VALIDATION
 from kdcache.student.assembly import load_student
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A finished run and what it was trained from; ``digest`` is run.json's when it was opened."""
+    """A finished run and what it was trained from; ``digest`` is its record's when it was opened.
+
+    Of a reinforcement, recipe and cache are those of the run that it started from.
+    """
 
     path: Path
     record: RunRecord
@@ -163,7 +167,7 @@ def open_saved_run(path: Path, *, cache: str | None = None, progress: Progress |
         TrainingError: no finished run, one whose recipe this version does not read, or another cache.
         CacheError: the cache is not there, incomplete, or has no split to score on.
     """
-    record = load_record(path)
+    record = load_trained(path)
     digest = record_digest(path)
     recipe, student = trained_recipe(record)
     places = recipe.cache.places if cache is None else ((cache, 1.0),)

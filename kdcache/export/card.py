@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from kdcache.cache.card import HUB_ID
 from kdcache.export.formats import FORMS
 from kdcache.markdown import escaped, table
 from kdcache.recipe_training import describe
-from kdcache.run_record import MODELS, RunRecord
+from kdcache.run_record import MODELS, RunRecord, number
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 EXPORT_COLUMNS = ("form", "perplexity", "KL to the run", "same top-1", "tokens/s", "on disk")
@@ -100,14 +100,8 @@ def model_card(
         f"{_schedule(loss.get('kd_weight'))} (distillation).",
         "",
         *([] if made is None else [f"It did not start from {_name(base)} as it is, but from {escaped(made)}.", ""]),
-        "## Before and after",
-        "",
-        "On the validation split, per response token, in nats:",
-        "",
-        table(
-            ("model", "loss", "perplexity", "KL to the teacher"),
-            [_score(n, record.scores[n]) for n in MODELS if n in record.scores],
-        ),
+        *_reinforced(record.values),
+        *_before_and_after(record),
         "## Forms",
         "",
         table(EXPORT_COLUMNS, export_rows(rows)),
@@ -120,6 +114,33 @@ def model_card(
         lines += [f"**{name}**: {FORMS[name].what}.", "", *_how(name, rows[name], base, single), ""]
     lines += ["The licences of the base model, of the teacher and of the data apply to what is made from them.", ""]
     return "\n".join(lines)
+
+
+def _before_and_after(record: RunRecord) -> list[str]:
+    """Scores of the training; a reinforcement has none of its own."""
+    if not record.scores:
+        return []
+    cells = [_score(n, record.scores[n]) for n in MODELS if n in record.scores]
+    return [
+        "## Before and after",
+        "",
+        "On the validation split, per response token, in nats:",
+        "",
+        table(("model", "loss", "perplexity", "KL to the teacher"), cells),
+    ]
+
+
+def _reinforced(values: Mapping[str, Any]) -> list[str]:
+    """What a reinforcement did to the student after its training, and how well it answered before and after."""
+    if not isinstance(held_out := values.get("held_out"), dict):
+        return []
+    shares = [
+        (escaped(str(name)), f"{share:.1%}")
+        for name, found in held_out.items()
+        if isinstance(found, dict) and (share := number(found.get("right"))) is not None
+    ]
+    told = f"It was reinforced afterwards, for {values.get('steps', 'unknown')} steps of GRPO."
+    return [told, "", *([table(("held-out questions", "right answers"), shares)] if shares else [])]
 
 
 def export_rows(rows: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:

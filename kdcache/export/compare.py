@@ -19,6 +19,7 @@ import torch
 
 from kdcache.devices import give_back_memory
 from kdcache.errors import ModelError
+from kdcache.evaluate.head_inputs import HeadInputs
 from kdcache.evaluate.inference_worker import speed
 from kdcache.evaluate.perplexity import Score, student_score
 from kdcache.evaluate.saved_run import SavedRun, Students, run_score
@@ -26,7 +27,6 @@ from kdcache.head import Head
 from kdcache.models import first_line, head_of, load_adapter, load_model
 from kdcache.progress import Progress
 from kdcache.student.assembly import load_student
-from kdcache.student.collate import IGNORED
 from kdcache.student.loss import CHUNK_BYTES, LossSums
 from kdcache.student.start import as_started
 
@@ -45,27 +45,17 @@ class _States:
     """Hidden states in front of the head at the positions of a split's targets, by sequence, up to `POSITIONS` of them."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._hidden_BLD: torch.Tensor | None = None
+        self._inputs = HeadInputs(model)
         # By sequence: a pass that ran out of memory is repeated from the start.
         self.kept: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def listening(self) -> Iterator[_States]:
-        def hold(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            self._hidden_BLD = inputs[0]
-
-        handle = self._model.get_output_embeddings().register_forward_pre_hook(hold)
-        try:
+        with self._inputs.listening():
             yield self
-        finally:
-            handle.remove()
-            self._hidden_BLD = None
 
     def __call__(self, batch: Mapping[str, torch.Tensor], _sums: LossSums) -> None:
-        assert self._hidden_BLD is not None
-        hidden_ND = self._hidden_BLD[:, :-1][batch["labels"][:, 1:] != IGNORED]
-        self._hidden_BLD = None
+        hidden_ND = self._inputs.take(batch["labels"])
         parts = hidden_ND.split(batch["sequence_targets"].tolist())
         for index, part in zip(batch["sequence_index"].tolist(), parts, strict=True):
             if sum(len(p) for i, p in self.kept.items() if i != index) < POSITIONS:

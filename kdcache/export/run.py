@@ -27,7 +27,8 @@ from kdcache.export.formats import Form, chosen_forms
 from kdcache.export.forms import Maker, adapter_base
 from kdcache.progress import Progress, Silent
 from kdcache.recipe_student import StudentSection
-from kdcache.run_record import RunRecord, load_record, record_digest
+from kdcache.reinforce_record import load_trained
+from kdcache.run_record import RunRecord, record_digest
 from kdcache.student.initial import is_made
 from kdcache.student.start import described_base
 
@@ -77,7 +78,7 @@ def export(
     progress = progress or Silent()
     # What a link points to is replaced, never the link; a bare "." has no name beside which something could be made.
     out = out.resolve()
-    record = load_record(run)
+    record = load_trained(run)
     student = trained_recipe(record)[1]
     refuse_missing_student(run, student)
     wanted = chosen_forms(forms, run, student)

@@ -124,6 +124,7 @@ def reinforce(
             "run": str(run),
             "run_digest": start.digest,
             "student": _section(reference, recipe),
+            "distilled": start.distilled,
             "date": start.date,
             "recipe": recipe.model_dump(mode="json"),
             "reference": WARM if recipe.cold_start is not None else BEFORE,

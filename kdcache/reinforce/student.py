@@ -19,7 +19,8 @@ from kdcache.errors import ModelError, TrainingError
 from kdcache.evaluate.saved_run import refuse_missing_student, trained_recipe
 from kdcache.models import load_adapter, refuse_missing_folder
 from kdcache.recipe_student import LoraSection, StudentSection
-from kdcache.reinforce.record import ReinforceRecord, load_reinforced, reinforced_digest
+from kdcache.reinforce.record import ReinforceRecord
+from kdcache.reinforce_record import DISTILLED, load_reinforced
 from kdcache.run_record import load_record, record_digest
 from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.start import as_started
@@ -42,6 +43,7 @@ class Start:
         student: its base, and how that is loaded; ``lora`` is the adapter's, or None for a student trained in full.
         adapter: folder of the adapter to go on with, or None.
         date: what chat templates are told is today.
+        distilled: recipe, cache and sizes of the run that was distilled; None where an earlier version left no note of them.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Start:
     student: StudentSection
     adapter: Path | None
     date: str
+    distilled: dict[str, Any] | None
 
     @property
     def tokenizer(self) -> str:
@@ -78,16 +81,17 @@ def open_start(path: Path) -> Start:
                 f"the saved student {saved} is not whole: it lacks {', '.join(lacking)}; reinforce it again"
             )
         refuse_missing_folder(student.model)
-        return Start(path, reinforced_digest(path), student, saved, str(record.get("date", DATE)))
+        return Start(path, record_digest(path), student, saved, str(record.get("date", DATE)), record.get("distilled"))
     finished = load_record(path)
     recipe, student = trained_recipe(finished)
     refuse_missing_student(path, student)
     date = DATE if recipe.data is None else recipe.data.date
     digest = record_digest(path)
+    distilled = {key: finished.values[key] for key in DISTILLED if key in finished.values}
     if student.lora is not None:
-        return Start(path, digest, as_started(student, path), path / "model", date)
+        return Start(path, digest, as_started(student, path), path / "model", date, distilled)
     whole = student.model_copy(update={"model": str(path / "model"), "revision": None, "init": None})
-    return Start(path, digest, whole, None, date)
+    return Start(path, digest, whole, None, date, distilled)
 
 
 def load_policy(start: Start, lora: LoraSection) -> PreTrainedModel:

@@ -22,7 +22,7 @@ import transformers
 
 from kdcache.cache.files import write_file
 from kdcache.devices import resolve_device
-from kdcache.errors import DeviceError, KdcacheError, RecipeError, TrainingError
+from kdcache.errors import KdcacheError, RecipeError, TrainingError
 from kdcache.models import first_line
 from kdcache.progress import Progress
 from kdcache.recipe_reinforce import ReinforceRecipe
@@ -30,7 +30,7 @@ from kdcache.reinforce.questions import Question, conversation
 from kdcache.reinforce.rewards import reward_functions
 from kdcache.reinforce.student import REFERENCE, adapter_weights, put_back, refuse_other_reference
 from kdcache.run_record import read_log
-from kdcache.student.arguments import optimizer_for
+from kdcache.student.arguments import optimisation, refuse_absent_precision
 from kdcache.student.checkpoints import saved_whole
 from kdcache.student.progress_callback import ProgressCallback
 
@@ -80,8 +80,7 @@ def reinforce_arguments(recipe: ReinforceRecipe, *, device: str, checkpoints: Pa
     """
     trl, training = need_trl(), recipe.training
     place = resolve_device(device)
-    if training.precision == "fp16" and place == "cpu":
-        raise DeviceError("training.precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
+    refuse_absent_precision(training.precision, place)
     try:
         arguments = trl.GRPOConfig(
             output_dir=str(checkpoints),
@@ -105,24 +104,9 @@ def reinforce_arguments(recipe: ReinforceRecipe, *, device: str, checkpoints: Pa
             disable_dropout=True,
             use_vllm=False,
             log_completions=False,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type=training.schedule,
-            warmup_steps=training.warmup,
-            optim=optimizer_for(training.optimizer, place, tell),
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.clip or 0.0,
-            bf16=training.precision == "bf16",
-            fp16=training.precision == "fp16",
             gradient_checkpointing=training.gradient_checkpointing,
-            logging_steps=training.logging_steps,
-            save_steps=training.save_steps,
-            save_total_limit=training.keep_checkpoints,
-            seed=recipe.seed,
-            use_cpu=place == "cpu",
-            dataloader_pin_memory=place == "cuda",
-            remove_unused_columns=False,
             report_to=training.report_to or "none",
-            disable_tqdm=True,
+            **optimisation(training, place=place, seed=recipe.seed, tell=tell),
         )
         arguments._n_gpu = min(1, arguments.n_gpu)
     except (ValueError, TypeError, ImportError, RuntimeError) as exc:

@@ -53,7 +53,8 @@ def _table(block: Table) -> str:
     heads = ["| " + " | ".join(escaped(c.label) for c in block.columns) + " |"]
     heads.append("|" + "".join("---:|" if c.numeric else "---|" for c in block.columns))
     rows = ["| " + " | ".join(escaped(cell.text) for cell in line.cells) + " |" for line in block.lines]
-    return f"{_paragraph(block.caption)}:\n\n" + "\n".join([*heads, *rows])
+    caption = _paragraph(block.caption)
+    return f"{caption}{'' if caption.endswith('?') else ':'}\n\n" + "\n".join([*heads, *rows])
 
 
 def _figure(figure: Figure) -> Iterator[str]:

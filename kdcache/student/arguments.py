@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -16,6 +16,9 @@ from kdcache.errors import DeviceError, RecipeError
 from kdcache.models import first_line
 from kdcache.recipe_training import TrainingSection
 from kdcache.student.processes import launched
+
+if TYPE_CHECKING:
+    from kdcache.recipe_reinforce import ReinforceTrainingSection
 
 
 def training_arguments(
@@ -33,10 +36,7 @@ def training_arguments(
         RecipeError: transformers knows no such optimizer, schedule or logger.
     """
     place = resolve_device(device)
-    if training.precision == "fp16" and place == "cpu":
-        raise DeviceError("training.precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
-    if training.precision == "bf16" and place == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise DeviceError("this GPU has no bfloat16 arithmetic; use training.precision=fp16")
+    refuse_absent_precision(training.precision, place)
     if training.tf32 and (place == "cpu" or torch.cuda.get_device_capability()[0] < 8):
         raise DeviceError("training.tf32 needs an NVIDIA GPU of the Ampere generation or newer; leave it out")
     fields = transformers.TrainingArguments.__dataclass_fields__
@@ -70,32 +70,17 @@ def training_arguments(
             gradient_accumulation_steps=training.accumulation,
             num_train_epochs=training.epochs,
             max_steps=training.max_steps,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type=training.schedule,
-            warmup_steps=training.warmup,
-            optim=optimizer_for(training.optimizer, place, tell),
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.clip or 0.0,
-            bf16=training.precision == "bf16",
-            fp16=training.precision == "fp16",
-            logging_steps=training.logging_steps,
             # The loss of a step that is left out should not hide the others'.
             logging_nan_inf_filter=training.skip_nonfinite > 0,
-            save_steps=training.save_steps,
-            save_total_limit=training.keep_checkpoints,
             restore_callback_states_from_checkpoint=True,
-            seed=seed,
-            use_cpu=place == "cpu",
             ddp_backend="gloo" if place == "cpu" and several else None,
             ddp_find_unused_parameters=False,
             torch_compile=training.compile,
             dataloader_num_workers=training.workers,
-            dataloader_pin_memory=place == "cuda",
-            remove_unused_columns=False,
             label_names=["labels"],
             report_to=training.report_to,
-            disable_tqdm=True,
             average_tokens_across_devices=True,
+            **optimisation(training, place=place, seed=seed, tell=tell),
             **options,
         )
         _try_out(arguments)
@@ -120,6 +105,46 @@ def _try_out(arguments: transformers.TrainingArguments) -> None:
     transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     for logger in get_reporting_integration_callbacks(arguments.report_to):
         logger()
+
+
+def optimisation(
+    training: TrainingSection | ReinforceTrainingSection,
+    *,
+    place: str,
+    seed: int,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What `transformers.TrainingArguments` and those made from it take, from a training section; ``place``: cuda or cpu."""
+    return {
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule,
+        "warmup_steps": training.warmup,
+        "optim": optimizer_for(training.optimizer, place, tell),
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.clip or 0.0,
+        "bf16": training.precision == "bf16",
+        "fp16": training.precision == "fp16",
+        "logging_steps": training.logging_steps,
+        "save_steps": training.save_steps,
+        "save_total_limit": training.keep_checkpoints,
+        "seed": seed,
+        "use_cpu": place == "cpu",
+        "dataloader_pin_memory": place == "cuda",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+
+
+def refuse_absent_precision(precision: str, place: str) -> None:
+    """Not every device has every arithmetic; ``place``: cuda or cpu.
+
+    Raises:
+        DeviceError: this one has not.
+    """
+    if precision == "fp16" and place == "cpu":
+        raise DeviceError("training.precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
+    if precision == "bf16" and place == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise DeviceError("this GPU has no bfloat16 arithmetic; use training.precision=fp16")
 
 
 def optimizer_for(name: str, place: str, tell: Callable[[str], None]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -10,7 +9,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic_core import to_jsonable_python
@@ -25,6 +24,7 @@ from kdcache.progress import Progress
 from kdcache.recipe import Recipe
 from kdcache.recipe_keys import recipe_keys
 from kdcache.recipe_training import describe
+from kdcache.run_directory import LOCK, DirectoryLock, refuse_other_settings, refuse_without_resume
 from kdcache.run_record import (
     EVALUATION_FILE,
     EVALUATION_PAGE,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["RunDirectory", "RunRecord", "hardware", "load_record", "run_record", "write_model_card"]
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "zstandard", "numpy")
-_LOCK = ".lock"
 GLOBAL_BATCH = "training.batch_size x accumulation x processes"
 # What may change between two sittings of one run without changing the student. The global batch may not; how it is cut may.
 _FREE_KEYS = (
@@ -80,7 +79,7 @@ class RunDirectory:
         self.table = path / TABLE_FILE
         self.plot = path / PLOT_FILE
         self._overwrite = False
-        self._lock: TextIO | None = None
+        self._lock = DirectoryLock(path)
         self._started = path / "started.json"
         self._record = path / RECORD_FILE
 
@@ -93,7 +92,7 @@ class RunDirectory:
             TrainingError: the directory holds a run that neither flag allows to touch, or another run.
         """
         self._overwrite = overwrite
-        apart = (_LOCK, *UNBEGUN)
+        apart = (LOCK, *UNBEGUN)
         found = sorted(p.name for p in self.path.iterdir() if p.name not in apart) if self.path.is_dir() else []
         if found and not self._started.exists():
             raise TrainingError(
@@ -103,11 +102,7 @@ class RunDirectory:
         # A run that never reached a checkpoint has nothing to lose.
         worked = self._record.exists() or any(self.checkpoints.glob("checkpoint-*"))
         if worked and not overwrite:
-            if not resume:
-                raise TrainingError(
-                    f"{self.path} holds an earlier run; go on with it by --resume, start over by --overwrite, or give "
-                    "the recipe key output another directory"
-                )
+            refuse_without_resume(self.path, resume=resume)
             self._refuse_other_run(_identity(recipe, cache_id, world))
             if self._record.exists():
                 return load_record(self.path)
@@ -143,28 +138,11 @@ class RunDirectory:
             StorageError: it cannot be made.
             TrainingError: another process holds it.
         """
-        if self._lock is not None:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / _LOCK).open("a")
-        except OSError as exc:
-            raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
-        try:
-            # Of this process alone: workers that outlive it for some seconds should not hold up who goes on.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as exc:
-            self.release()
-            raise TrainingError(
-                f"another process is training in {self.path}; wait for it, stop it (its workers too), or give the recipe key "
-                "output another directory"
-            ) from exc
+        self._lock.hold()
 
     def release(self) -> None:
         """Others may train in the directory again."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def newest_checkpoint(self, progress: Progress) -> Path | None:
         """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
@@ -187,13 +165,7 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise TrainingError(f"{self._started} is not readable; start over by --overwrite") from exc
         now = {**identity["recipe"], "cache id": identity["cache_id"]}
-        keys = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in _FREE_KEYS)
-        if keys:
-            shown = "; ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in keys[:6])
-            raise TrainingError(
-                f"{self.path} holds a run with other settings: {shown}. Put them back, start over by --overwrite, or give "
-                "the recipe key output another directory"
-            )
+        refuse_other_settings(self.path, then, now, _FREE_KEYS)
 
 
 def run_record(

@@ -1,5 +1,6 @@
 """Small valid content for tests of the format, made from random logits by every method."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from kdcache.cache import layout
 from kdcache.cache.codec import ShardContent, decode, encode, sequence_digest
 from kdcache.cache.manifest import DataPlan, Plan, ShardPlan, SplitPlan, TeacherIdentity, TokenizerIdentity
+from kdcache.cache.reader import open_cache
 from kdcache.cache.selection import SelectionPlan
 from kdcache.cache.strict_json import canonical
+from kdcache.cache.writer import CacheWriter
 from kdcache.teacher.select import Selection, select
 
 VOCAB = 500
@@ -116,3 +119,24 @@ def sample_plan(contents, *, selection=None, **changes):
         shards=tuple(shards),
         derived=None,
     )  # fmt: skip
+
+
+def method_caches(folder):
+    """An open cache in ``folder`` for each method, and ``thinned``, with positions left out of its first split."""
+    opened = {}
+    for method in [*SELECTIONS, "thinned"]:
+        own = DEFAULT if method == "thinned" else method
+        contents = [sample_sequences(n, seed=n, method=own) for n in (3, 5, 2)]
+        selection = selection_plan(own)
+        if method == "thinned":
+            selection = selection_plan(own, positions="loss", quantile=0.5)
+            for number in (0, 1):
+                rows = contents[number].rows.emptied(np.arange(len(contents[number].rows)) % 2 == 0)
+                rows = dataclasses.replace(rows, design=dataclasses.replace(rows.design, some_empty=True))
+                contents[number] = dataclasses.replace(contents[number], rows=rows)
+        writer = CacheWriter(folder / method, sample_plan(contents, selection=selection), TOKENS)
+        for index, content in enumerate(contents):
+            writer.commit(index, content)
+        writer.finalise()
+        opened[method] = open_cache(folder / method)
+    return opened

@@ -23,19 +23,9 @@ from kdcache.teacher.planning import plan_cache
 from kdcache.teacher.workers import Worker
 from kdcache.token_maps import load_tokenizer
 from tests.crash.small_run import files
+from tests.told import Told
 
 DOCUMENTS = [f"Document {i}: " + "the cat sat on the mat and " * (i % 5) + "that was all." for i in range(60)]
-
-
-class Told(Silent):
-    def __init__(self):
-        self.messages, self.warnings = [], []
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def warning(self, text):
-        self.warnings.append(text)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Caches to other formats and back: what is promised is equal, what is lost is bounded and told."""
 
-import dataclasses
 import json
 import shutil
 
@@ -15,7 +14,6 @@ import kdcache.cli  # noqa: F401 - registers the commands
 from kdcache.cache.derive import write_derived
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
-from kdcache.cache.writer import CacheWriter
 from kdcache.commands.app import app
 from kdcache.errors import CacheError, DataError, PlanMismatchError, StorageError
 from kdcache.exchange import distillkit, importing
@@ -23,47 +21,19 @@ from kdcache.exchange.axolotl import COLUMNS, IGNORED
 from kdcache.exchange.exporting import Options, export_cache
 from kdcache.exchange.imported_plan import Given
 from kdcache.exchange.importing import import_cache
-from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.student.collate import sparse_teacher
 from kdcache.student.distill import distill
 from kdcache.student.loss import distillation_loss
-from tests.cache.samples import SELECTIONS, TOKENS, sample_plan, sample_sequences, selection_plan
+from tests.cache.samples import SELECTIONS, method_caches
+from tests.told import Told
 
 D = 16
 
 
-class Told(Silent):
-    """Remembers warnings."""
-
-    def __init__(self):
-        self.messages = []
-
-    def warning(self, text):
-        self.messages.append(text)
-
-
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    """One cache for each method, and one with positions left out."""
-    opened = {}
-    for method in [*SELECTIONS, "thinned"]:
-        own = "threshold_sampling" if method == "thinned" else method
-        contents = [sample_sequences(n, seed=n, method=own) for n in (3, 5, 2)]
-        selection = selection_plan(own)
-        if method == "thinned":
-            selection = selection_plan(own, positions="loss", quantile=0.5)
-            for number in (0, 1):
-                rows = contents[number].rows.emptied(np.arange(len(contents[number].rows)) % 2 == 0)
-                rows = dataclasses.replace(rows, design=dataclasses.replace(rows.design, some_empty=True))
-                contents[number] = dataclasses.replace(contents[number], rows=rows)
-        directory = tmp_path_factory.mktemp(method) / "cache"
-        writer = CacheWriter(directory, sample_plan(contents, selection=selection), TOKENS)
-        for index, content in enumerate(contents):
-            writer.commit(index, content)
-        writer.finalise()
-        opened[method] = open_cache(directory)
-    return opened
+    return method_caches(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture
@@ -420,7 +390,7 @@ def test_without_a_validation_split_it_is_told(real, tokenizer, tmp_path):
     export_cache(real, tmp_path / "out", "axolotl")
     told = Told()
     import_cache(tmp_path / "out" / "train.parquet", tmp_path / "cache", "axolotl", Given(tokenizer=tokenizer), told)
-    assert any("--holdout N" in text for text in told.messages)
+    assert any("--holdout N" in text for text in told.warnings)
     for count, source in ((3, "out"), (10_000, "out/train.parquet")):
         with pytest.raises(DataError, match="holdout"):
             import_cache(tmp_path / source, tmp_path / "x", "axolotl", Given(tokenizer=tokenizer, holdout=count))

@@ -313,6 +313,35 @@ def test_the_dry_run_says_what_it_comes_to_and_writes_nothing(runs, wanted, tmp_
     assert "does not exist" in str(absent.exception)
 
 
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_reinforced_student_is_judged_and_exported_like_any_other(runs, wanted, tmp_path, shared_cache, name):
+    reinforce(runs[name], recipe(wanted))
+    out, cache = tmp_path / "out", ["--cache", str(shared_cache)]
+    judged = CliRunner().invoke(app, ["evaluate", str(out), *cache])
+    assert judged.exit_code == 0, judged.exception
+    found = json.loads((out / "evaluation.json").read_text())["scores"]
+    # The base of a LoRA run's adapter, and of a student trained in full that student, are what came before.
+    distilled = json.loads((runs[name] / "run.json").read_text())["scores"]
+    known = distilled["student before" if name == "lora" else "student after"]
+    assert found["student before"]["loss"] == pytest.approx(known["loss"], rel=1e-6)
+    assert all(abs(found["student after"]["loss"] - score["loss"]) > 1e-4 for score in distilled.values())
+    exported = CliRunner().invoke(app, ["export", str(out), str(tmp_path / "x"), "--to", "merged,adapter", *cache])
+    assert exported.exit_code == 0, exported.exception
+    rows = json.loads((tmp_path / "x/export.json").read_text())["rows"]
+    assert rows["run"]["loss"] == pytest.approx(found["student after"]["loss"], rel=1e-6)
+    assert rows["adapter"]["kl_to_run"] == pytest.approx(0, abs=1e-7)
+    assert rows["merged"]["kl_to_run"] < 1e-3
+    card = (tmp_path / "x/README.md").read_text()
+    assert "reinforced afterwards, for 4 steps of GRPO" in card
+    assert "| after reinforcement |" in card
+    assert "## Before and after" not in card
+    values = json.loads((out / "reinforce.json").read_text())
+    del values["distilled"]
+    (out / "reinforce.json").write_text(json.dumps(values))
+    refused = CliRunner().invoke(app, ["evaluate", str(out), *cache])
+    assert "reinforce the run again" in str(refused.exception)
+
+
 def test_several_seeds_are_compared(runs, wanted, tmp_path):
     wanted["training"]["steps"] = 2
     done = command(runs["lora"], written(wanted, tmp_path), "--seeds", "0,3")

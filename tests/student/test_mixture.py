@@ -2,12 +2,17 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from kdcache.cache.mixture import MixedRows, Mixture, decodings, open_caches, order_id
@@ -19,10 +24,9 @@ from kdcache.evaluate.by_sequence import SequenceSums
 from kdcache.evaluate.evaluation import Wanted, evaluate
 from kdcache.evaluate.perplexity import teacher_score
 from kdcache.evaluate.saved_run import open_saved_run, score_saved_run
-from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.recipe_training import LossSection
-from kdcache.run_record import AFTER, TEACHER
+from kdcache.run_record import AFTER, TEACHER, load_record, read_log
 from kdcache.student.assembly import common_mass, tell_of_tail
 from kdcache.student.batches import MicroBatches, OrderOptions
 from kdcache.student.collate import Collator, sparse_teacher
@@ -44,7 +48,9 @@ from tests.student.test_cached_rows import (
     student,
     teacher_logits,
 )
+from tests.told import Told
 
+ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = (0.25, 0.75)
 
 
@@ -349,17 +355,29 @@ def test_a_stopped_run_on_a_mixture_goes_on_to_the_same_student(mixing, tmp_path
     assert again.scores == whole.scores
 
 
-class Heard(Silent):
-    """Remembers what it was told."""
-
-    def __init__(self):
-        self.messages, self.warnings = [], []
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def warning(self, text):
-        self.warnings.append(text)
+def test_two_processes_learn_from_a_mixture_with_a_made_student_what_one_does(mixing, tmp_path, models):
+    """The first process makes the student, the other waits for it; the batches are the same, and so are the losses."""
+    mixing["student"] |= {
+        "model": str(models / "teacher"), "init": {"method": "drop_layers", "every": 2}, "lora": {"r": 4, "dropout": 0.0},
+    }  # fmt: skip
+    mixing["training"] |= {"batch_size": 4, "accumulation": 2, "max_steps": 4, "logging_steps": 1}
+    whole = distill(parse_recipe(mixing))
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(yaml.safe_dump(mixing | {"output": str(tmp_path / "two")}))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "kdcache", "train-student", str(recipe), "training.accumulation=1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = load_record(tmp_path / "two")
+    assert shared.values["cache_id"] == whole.values["cache_id"]
+    weights = [next((run / "base").glob("*.safetensors")).read_bytes() for run in (whole.output, shared.output)]
+    assert weights[0] == weights[1]
+    for ours, theirs in zip(*(read_log(r.output / "log.csv") for r in (shared, whole)), strict=True):
+        assert (ours["loss"], ours["kl"]) == pytest.approx((theirs["loss"], theirs["kl"]), rel=1e-3)
+    assert shared.scores[AFTER]["loss"] == pytest.approx(whole.scores[AFTER]["loss"], rel=1e-3)
 
 
 def holding(cache, monkeypatch, rows):
@@ -396,13 +414,13 @@ def test_the_mass_that_is_told_is_what_all_caches_hold(shared_cache, second, mon
         ({"temperature": 2.0}, "scored"),
         ({"tail": "renormalised", "temperature": 2.0}, "scored"),
     ):
-        heard = Heard()
+        heard = Told()
         tell_of_tail(LossSection(**changes), cache, heard)
         [low] = [w for w in heard.warnings if "the cache declares" not in w]
         assert low.startswith(f"students are {what} by the entries that all 2 caches hold: 0.0% of the mixture's")
     # What all hold is no cause for a warning.
     holding(cache, monkeypatch, mixed(apart[0], apart[0]))
-    heard = Heard()
+    heard = Told()
     tell_of_tail(LossSection(tail="lumped", temperature=1.0), cache, heard)
     assert heard.warnings == []
     assert "students are taught and scored by" in heard.messages[-1]
@@ -417,7 +435,7 @@ def test_how_often_shards_of_another_cut_are_decoded_is_told(shared_cache, secon
     meeting = sum(a < d and c < b for a, b in pairwise(ours) for c, d in pairwise(theirs))
     assert decodings(first, other) == meeting / (len(theirs) - 1) > 1
     assert decodings(first, first) == 1
-    heard = Heard()
+    heard = Told()
     cache = open_caches([(shared_cache, 1), (second, 1)], progress=heard)
     assert f"decodes each of its shards up to {meeting / (len(theirs) - 1):.1f} times" in heard.messages[-1]
     # In the worst order, with one shard kept, that is what happens.
@@ -427,7 +445,7 @@ def test_how_often_shards_of_another_cut_are_decoded_is_told(shared_cache, secon
     for index in [*split.shards[::2], *split.shards[1::2]]:
         cache.load(index)
     assert len(theirs) - 1 < len(loaded) <= meeting
-    again = Heard()
+    again = Told()
     open_caches([(shared_cache, 1), (shared_cache, 2)], progress=again)
     assert len(again.messages) == 1
 

@@ -11,7 +11,6 @@ import transformers
 
 from kdcache.errors import RecipeError, TrainingError
 from kdcache.evaluate import perplexity
-from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.student import kept as kept_module
 from kdcache.student import trainer as trainer_module
@@ -20,19 +19,7 @@ from kdcache.student.distill import distill
 from kdcache.student.log import read_log
 from kdcache.student.nonfinite import NonFiniteGuard
 from kdcache.student.record import RunDirectory
-
-
-class Heard(Silent):
-    """Remembers what the user is told."""
-
-    def __init__(self):
-        self.warnings, self.messages = [], []
-
-    def warning(self, text):
-        self.warnings.append(text)
-
-    def message(self, text):
-        self.messages.append(text)
+from tests.told import Told
 
 
 @pytest.fixture
@@ -67,7 +54,7 @@ def test_memory_that_runs_out_halves_the_forward_pass_and_nothing_else(
     whole = distill(parse_recipe(training))
     training["output"] += "-small"
     memory |= {"sequences": sequences, "from": first}
-    heard = Heard()
+    heard = Told()
     record = distill(parse_recipe(training), progress=heard)
     assert record.values["forward_pass"] == batch
     told = [w for w in heard.warnings if "out of memory" in w]
@@ -90,7 +77,7 @@ def test_an_evaluation_that_needs_more_memory_is_made_in_smaller_batches(trainin
     monkeypatch.setattr(perplexity, "loss_sums", limited)
     training["output"] += "-small"
     training["training"]["eval_steps"] = 4
-    heard = Heard()
+    heard = Told()
     record = distill(parse_recipe(training), progress=heard)
     assert record.values["forward_pass"] == 8  # the training was never short of memory
     assert "out of memory: scoring goes on with 2 sequences per forward pass" in heard.warnings
@@ -175,7 +162,7 @@ def test_a_gradient_that_is_not_finite_names_the_batch(training, spoilt):
 def test_steps_may_be_left_out_and_are_counted(training, spoilt, what):
     spoilt[what] = {7}
     training["training"] |= {"skip_nonfinite": 2, "save_steps": 4}
-    heard = Heard()
+    heard = Told()
     record = distill(parse_recipe(training), progress=heard)
     assert record.values["skipped_steps"] == 2  # once an epoch
     told = [w for w in heard.warnings if "is left out" in w]

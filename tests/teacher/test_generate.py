@@ -36,22 +36,12 @@ from kdcache.teacher.planning import plan_cache
 from kdcache.teacher.workers import Worker
 from kdcache.token_maps import load_tokenizer
 from tests.crash.small_run import files
+from tests.told import Told
 
 ROOT = Path(__file__).parent.parent.parent
 QUESTIONS = [
     f"How many {thing} are {n} {thing}?" for n in range(3) for thing in ("cats", "old dogs", "very small birds")
 ]
-
-
-class Told(Silent):
-    def __init__(self):
-        self.messages, self.warnings = [], []
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def warning(self, text):
-        self.warnings.append(text)
 
 
 def write_questions(path, questions):
