@@ -111,12 +111,25 @@ def _rouge(evaluation: dict[str, Any], model: str = AFTER) -> float:
     return float(evaluation["generation"]["models"][model]["rouge_l"])
 
 
-# Rows of a data set as instruction, input and output; what they are is told in shared/data/README.md.
+def _passage(row: dict[str, Any], beside: int = 150) -> str:
+    """The words around a question's answer: whole passages are longer than these models read."""
+    text, start = row["context"], row["answers"]["answer_start"][0]
+    stop = start + len(row["answers"]["text"][0])
+    words = text[max(0, start - beside) : stop + beside].split(" ")
+    # What is cut in two at either end goes; the answer lies in between.
+    return " ".join(words[start > beside : len(words) - (stop + beside < len(text))])
+
+
+# Rows of a data set as instruction, input and output; what they are is told in shared/data/README.md. Of a method's description the
+# members of its class, which follow it, are left out.
 REAL_TASKS = {
     "Dolly, English": ("dolly_hhrlhf/train_small.jsonl.gz", lambda r: (r["prompt"], "", r["response"])),
-    "XQuAD, Spanish": ("squad/xquad_es.jsonl.gz", lambda r: (r["question"], r["context"], r["answers"]["text"][0])),
+    "XQuAD, Spanish": ("squad/xquad_es.jsonl.gz", lambda r: (r["question"], _passage(r), r["answers"]["text"][0])),
     "bug fixes, Java": ("code/code_refinement_small_validation.jsonl.gz", lambda r: (r["buggy"], "", r["fixed"])),
-    "docstring to Java": ("code/concode_validation.jsonl.gz", lambda r: (r["nl"], "", r["code"])),
+    "docstring to Java": (
+        "code/concode_validation.jsonl.gz",
+        lambda r: (r["nl"].partition(" concode_field_sep ")[0], "", r["code"]),
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 Two students are scored on the same sequences, which are easy or hard for both: the difference of their losses is known far
 better than either loss. With ``d_s`` the difference of a sequence's summed losses in nats and ``n_s`` its tokens, the
-difference per token is ``sum d / sum n``, with the standard error of a ratio over clusters.
+difference per token is ``sum d / sum n``, with the standard error of a ratio over clusters, and an interval by Student's t.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.files import write_file
-from kdcache.intervals import WIDTH
+from kdcache.intervals import width_of
 from kdcache.run_record import MODELS, SEQUENCES_FILE
 
 Sums = Mapping[int, tuple[float, float]]
@@ -89,7 +89,7 @@ def read_losses(run: Path, losses: Mapping[str, float]) -> Losses | None:
         head, table = rows[0], np.array([[float(cell) for cell in row] for row in rows[1:]], dtype=np.float64)
         models = {name: table[:, i] for i, name in enumerate(head) if name in MODELS}
         found = Losses(tuple(int(i) for i in table[:, 0]), table[:, 1], models)
-    except (OSError, ValueError, IndexError, csv.Error):
+    except (OSError, ValueError, IndexError, OverflowError, csv.Error):
         return None
     total = found.tokens_S.sum()
     wanted = {name: losses[name] for name in models if name in losses}
@@ -106,7 +106,9 @@ def difference(student: Losses, best: Losses, model: str) -> Difference | None:
         return None
     apart_S = student.nats_S[model] - best.nats_S[model]
     error = ratio_error(apart_S, student.tokens_S)
-    return Difference(float(apart_S.sum() / student.tokens_S.sum()), None if error is None else WIDTH * error)
+    return Difference(
+        float(apart_S.sum() / student.tokens_S.sum()), None if error is None else width_of(len(apart_S)) * error
+    )
 
 
 def difference_text(found: Difference | None) -> str:

@@ -18,11 +18,14 @@ from kdcache import __version__
 from kdcache.errors import BrokenRunError, TrainingError
 
 RECORD_FILE, LOG_FILE, TABLE_FILE, PLOT_FILE = "run.json", "log.csv", "table.md", "loss.png"
+STARTED_FILE = "started.json"  # whose run a directory is, before there is a record
 REINFORCED_FILE = "reinforce.json"  # of kdcache reinforce, in place of run.json
 # Measured of the finished student afterwards; each names the training it is of by `record_digest`.
 EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE = "evaluation.json", "evaluation.md", "inference.json"
-# The models that are scored, as run.json and evaluation.json name them.
 SEQUENCES_FILE = "by_sequence.csv"
+# What was measured of a student, which goes with it.
+JUDGED_FILES = (EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE, SEQUENCES_FILE)
+# The models that are scored, as run.json and evaluation.json name them.
 MODELS = BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 _NEEDED = ("recipe", "cache_id", "scores")
 _LIMIT = 256 << 20

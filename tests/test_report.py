@@ -294,6 +294,22 @@ def test_tasks_have_intervals_and_samples_stand_side_by_side(swept):
     ]  # fmt: skip
 
 
+def test_answers_of_other_bases_and_teachers_are_told_apart(tmp_path):
+    folder = example_sweep(tmp_path / "sweep")
+    run = next(p.parent for p in folder.rglob("evaluation.json") if json.loads(p.read_text()).get("samples"))
+    values = json.loads((run / "evaluation.json").read_text())
+    for sample in values["samples"]:
+        sample["answers"] |= {"teacher": "another teacher's", "student before": "another base's"}
+    (run / "evaluation.json").write_text(json.dumps(values))
+    text = next(p for p in write_report([folder]).files if p.suffix == ".html").read_text()
+    found = re.findall(r"<dt>(.*?)</dt><dd[^>]*>(.*?)</dd>", re.search(r"Question 0</p><dl>(.*?)</dl>", text)[1])
+    said = dict(found)
+    assert len(said) == len(found) == 7
+    assert {"another teacher&#x27;s", "teacher says 0"} <= set(said.values())
+    [other] = [name for name, text in found if text == "another base&#x27;s"]
+    assert other.endswith("student before")
+
+
 def test_commands_repeat_the_rows(swept):
     folder, written = swept
     [base] = bases(written.found)

@@ -123,9 +123,9 @@ def evaluate(
 def _say(evaluation: Evaluation) -> None:
     from kdcache.evaluate.tables import (
         ROUGE_NOTE,
-        SCORE_NOTE,
         generation_table,
         sample_lines,
+        score_note,
         score_table,
         task_table,
         title,
@@ -136,7 +136,7 @@ def _say(evaluation: Evaluation) -> None:
     values, measured = evaluation.values, evaluation.measured
     say(title(evaluation))
     say_table(text_table(*score_table(values)))
-    say(f"{kl_note(values['scores'])} {SCORE_NOTE}")
+    say(f"{kl_note(values['scores'])} {score_note(values)}")
     if "generation" in measured:
         say_table(text_table(*generation_table(values)))
         say(f"{ROUGE_NOTE} {INTERVAL_NOTE}")

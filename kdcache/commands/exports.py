@@ -15,7 +15,8 @@ from kdcache.console import text_table
 @app.command()
 def export(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Run directory of kdcache train-student or reinforce.", show_default=False)
+        Path,
+        typer.Argument(metavar="RUN", help="Run directory of kdcache train-student or reinforce.", show_default=False),
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder to make; it appears whole or not at all.", show_default=False)

@@ -25,10 +25,10 @@ from kdcache.evaluate.saved_run import (
     Students,
     load_teacher,
     open_saved_run,
-    refuse_missing_student,
     run_directories,
     run_score,
 )
+from kdcache.evaluate.saved_student import refuse_missing_student
 from kdcache.paired import Sums, write_losses
 from kdcache.progress import Progress, Silent
 from kdcache.run_record import AFTER, BEFORE, TEACHER
@@ -113,6 +113,8 @@ def evaluate(
     order = list(dict.fromkeys(run.base for run in opened))
     for run in sorted(opened, key=lambda r: order.index(r.base)):
         parts = session.measure(run)
+        if run.reinforced:
+            parts["before"] = f"the base of its adapter, {run.student.model}"
         values = write_results(run.path, run.digest, run.cache.id, parts, progress)
         write_losses(run.path, session.losses)
         yield Evaluation(run.path, values, tuple(session.parts), tuple(parts.get("tasks", ())))

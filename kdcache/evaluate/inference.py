@@ -19,7 +19,8 @@ from typing import Any
 from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.errors import ModelError
-from kdcache.evaluate.saved_run import refuse_missing_student, trained_recipe
+from kdcache.evaluate.saved_run import trained_recipe
+from kdcache.evaluate.saved_student import refuse_missing_student
 from kdcache.models import effective_dtype, first_line, refuse_missing_folder
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, TeacherSection

@@ -15,19 +15,19 @@ from kdcache.cache.reader import Cache, Split
 from kdcache.cache.remote import is_url
 from kdcache.chain_record import CHAIN_FILE, read_chain, run_of
 from kdcache.devices import give_back_memory
-from kdcache.errors import BrokenRunError, CacheError, ModelError, RecipeError, TrainingError
+from kdcache.errors import BrokenRunError, CacheError, RecipeError, TrainingError
 from kdcache.evaluate.cached_teacher import cached_teacher_model
 from kdcache.evaluate.perplexity import Score, student_score, teacher_score
-from kdcache.models import load_adapter, refuse_missing_folder
+from kdcache.models import load_adapter
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe, parse_recipe
 from kdcache.recipe_student import StudentSection
 from kdcache.reinforce_record import load_trained
-from kdcache.run_record import AFTER, BEFORE, RECORD_FILE, TEACHER, RunRecord, load_record, read_json, record_digest
+from kdcache.run_record import AFTER, BEFORE, TEACHER, RunRecord, load_record, record_digest
 from kdcache.student.agreement import VALIDATION
 from kdcache.student.assembly import load_student
 from kdcache.student.initial import is_made
-from kdcache.student.start import as_started, base_identity, refuse_missing_base
+from kdcache.student.start import as_started, base_identity
 from kdcache.sweep_record import SWEEP_FILE, read_sweep
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ class SavedRun:
     def validation(self) -> Split:
         """The split that students are scored on."""
         return self.cache.split(VALIDATION)
+
+    @property
+    def reinforced(self) -> bool:
+        """Whether it is a reinforcement, which has no scores of its own."""
+        return "distilled_student" in self.record.values
 
     @property
     def base(self) -> str:
@@ -118,41 +123,21 @@ def trained_recipe(record: RunRecord) -> tuple[Recipe, StudentSection]:
             f"{__version__} does not read: {exc}; judge it with the version that wrote it, or train it again"
         ) from exc
     if recipe.student is None:
-        raise TrainingError(f"{record.output / RECORD_FILE} names no student")
+        raise TrainingError(f"the record in {record.output} names no student")
     return recipe, recipe.student
 
 
-def refuse_missing_student(path: Path, student: StudentSection) -> None:
-    """The saved student of a run, and the model it started from, should be there; nothing is loaded.
+def first_student(record: RunRecord) -> StudentSection:
+    """The student's section as the distillation had it: of a reinforcement another than the record's own, whose base may be a
+    student that was trained or made before.
 
     Raises:
-        ModelError: a folder or a file of it is not.
+        TrainingError: as `trained_recipe`.
     """
-    saved = path / "model"
-    if not saved.is_dir():
-        raise ModelError(f"{path} has no saved student (expected the folder {saved}); train it again")
-    if student.lora is not None:
-        needed = ["adapter_config.json", "adapter_model.safetensors"]
-    else:
-        needed = ["config.json", *_weight_files(saved)]
-    lacking = [name for name in needed if not (saved / name).is_file()]
-    if lacking:
-        raise ModelError(f"the saved student {saved} is not whole: it lacks {', '.join(lacking[:3])}; train it again")
-    if is_made(student):
-        refuse_missing_base(student, path)
-    else:
-        refuse_missing_folder(student.model)
-
-
-def _weight_files(saved: Path) -> list[str]:
-    """Where a model's weights should lie: in one file, or in those that its index names."""
-    index = saved / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
-    try:
-        return sorted({str(name) for name in read_json(index)["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ModelError(f"{index} is not readable ({exc!r}); train the student again") from exc
+    if "distilled_student" not in record.values:
+        return trained_recipe(record)[1]
+    recipe = {**record.values["recipe"], "student": record.values["distilled_student"]}
+    return trained_recipe(RunRecord(record.output, {**record.values, "recipe": recipe}))[1]
 
 
 def open_saved_run(path: Path, *, cache: str | None = None, progress: Progress | None = None) -> SavedRun:

@@ -26,6 +26,11 @@ ROUGE_NOTE = (
 )
 
 
+def score_note(values: dict[str, Any]) -> str:
+    """What to read under `score_table`: of a reinforced student also which model is the one before."""
+    return SCORE_NOTE + (f" Student before: {values['before']}." if "before" in values else "")
+
+
 def title(evaluation: Evaluation) -> str:
     """Which run, and on how many tokens it was scored."""
     tokens = int(evaluation.values["scores"][AFTER]["tokens"])
@@ -145,7 +150,12 @@ def write_page(evaluation: Evaluation) -> None:
     """
     values = evaluation.values
     heading = title(evaluation).removeprefix(str(evaluation.run))
-    parts = [f"# {evaluation.run.name}, evaluated", f"Scores{heading[1:]}:", table(*score_table(values)), SCORE_NOTE]
+    parts = [
+        f"# {evaluation.run.name}, evaluated",
+        f"Scores{heading[1:]}:",
+        table(*score_table(values)),
+        score_note(values),
+    ]
     if "generation" in values:
         part = values["generation"]
         parts += [

@@ -58,8 +58,28 @@ def chosen_forms(names: Sequence[str], run: Path, student: StudentSection) -> li
         raise ModelError(
             f"{run} trained every weight (student.lora is null), so it has no adapter; export it --to merged"
         )
-    if "adapter" in names and is_made(student):
+    return [form for form in FORMS.values() if form.name in names]
+
+
+def refuse_unpublished_base(forms: Sequence[Form], run: Path, origin: StudentSection) -> None:
+    """An adapter alone is of use where others can get the model that it belongs to.
+
+    Args:
+        forms: that are wanted.
+        run: the run directory.
+        origin: the student's section as the distillation had it.
+
+    Raises:
+        ModelError: the adapter is wanted, and its base was made, or trained in every weight before the adapter came.
+    """
+    if all(form.name != "adapter" for form in forms):
+        return
+    if is_made(origin):
         raise ModelError(
             f"the base of {run} was made by student.init and is published nowhere, so nobody could load the adapter alone; export it --to merged"
         )
-    return [form for form in FORMS.values() if form.name in names]
+    if origin.lora is None:
+        raise ModelError(
+            f"the adapter of {run} belongs to a student that was distilled in every weight and is published nowhere, so nobody could "
+            "load it alone; export it --to merged"
+        )

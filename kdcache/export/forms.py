@@ -35,17 +35,15 @@ class Maker:
         run: its directory.
         student: its recipe's section.
         wanted: the forms that will be asked for.
-        base_model: the base's id on the Hub, if it is to be named by that.
+        base: name of the base, as others may know it.
         progress: told of what is worth knowing.
     """
 
-    def __init__(
-        self, run: Path, student: StudentSection, wanted: list[Form], base_model: str | None, progress: Progress
-    ) -> None:
+    def __init__(self, run: Path, student: StudentSection, wanted: list[Form], base: str, progress: Progress) -> None:
         self._wanted, self._progress = wanted, progress
         # A made student starts from a folder of the run; what it was made from gives it its name and is not read again.
         self._student = as_started(student, run)
-        self._name = base_model or adapter_base(student)
+        self._name = base
         self._saved = run / "model"
         self._tokenizer = load_tokenizer(str(self._saved))
 

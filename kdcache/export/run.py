@@ -20,15 +20,16 @@ from kdcache.cache.card import HUB_ID
 from kdcache.cache.files import flush, write_file
 from kdcache.cache.transfer import refuse_full_disk
 from kdcache.errors import CacheError, ModelError, TransferError
-from kdcache.evaluate.saved_run import SavedRun, open_saved_run, refuse_missing_student, trained_recipe
+from kdcache.evaluate.saved_run import SavedRun, first_student, open_saved_run, trained_recipe
+from kdcache.evaluate.saved_student import refuse_missing_student
 from kdcache.export.card import licence_of, model_card
 from kdcache.export.folder import CARD, FORMAT, MERGED, earlier, put_in_place, record_finished, remember, working_folder
-from kdcache.export.formats import Form, chosen_forms
+from kdcache.export.formats import Form, chosen_forms, refuse_unpublished_base
 from kdcache.export.forms import Maker, adapter_base
 from kdcache.progress import Progress, Silent
 from kdcache.recipe_student import StudentSection
 from kdcache.reinforce_record import load_trained
-from kdcache.run_record import RunRecord, record_digest
+from kdcache.run_record import RunRecord, is_amount, record_digest
 from kdcache.student.initial import is_made
 from kdcache.student.start import described_base
 
@@ -81,7 +82,9 @@ def export(
     record = load_trained(run)
     student = trained_recipe(record)[1]
     refuse_missing_student(run, student)
+    origin = first_student(record)
     wanted = chosen_forms(forms, run, student)
+    refuse_unpublished_base(wanted, run, origin)
     if base_model is not None and HUB_ID.fullmatch(base_model) is None:
         raise ModelError(f"expected --base-model USER/NAME, an id on the Hub, found {base_model}")
     digest = record_digest(run)
@@ -92,7 +95,7 @@ def export(
     if (found := earlier(out, identity, overwrite=overwrite)) is not None:
         progress.message(f"{out} holds this export, finished")
         return Exported(out, found)
-    maker = Maker(run, student, wanted, base_model, progress)
+    maker = Maker(run, student, wanted, base_model or adapter_base(origin), progress)
     maker.check()
     saved = _compared_run(run, cache, progress) if compare else None
     if saved is None:
@@ -104,7 +107,7 @@ def export(
         if saved is not None:
             done = _ordered(done, wanted)
             _warn_of_others(done, progress)
-        _finish(run, beside, done, identity, record, student, saved, base_model=base_model, licence=licence)
+        _finish(run, beside, done, identity, record, origin, saved, base_model=base_model, licence=licence)
         put_in_place(beside, out, identity, overwrite=overwrite, progress=progress)
     return Exported(out, done)
 
@@ -147,13 +150,16 @@ def _finish(
     rows: dict[str, dict[str, Any]],
     identity: dict[str, Any],
     record: RunRecord,
-    student: StudentSection,
+    origin: StudentSection,
     saved: SavedRun | None,
     *,
     base_model: str | None,
     licence: str | None,
 ) -> None:
-    """Leave in the folder what is to be there, with the card, readable for others, and on the disk."""
+    """Leave in the folder what is to be there, with the card, readable for others, and on the disk.
+
+    ``origin`` is the student's section as the distillation had it.
+    """
     names = identity["forms"]
     if MERGED not in names:
         shutil.rmtree(beside / MERGED, ignore_errors=True)
@@ -166,13 +172,13 @@ def _finish(
         for path in list((beside / names[0]).iterdir()):
             path.rename(beside / path.name)
         (beside / names[0]).rmdir()
-    base, made = base_model or student.model, described_base(run) if is_made(student) else None
+    base, made = base_model or origin.model, _made(run, record, origin)
     teacher, datasets = _sources(record, saved)
-    random = student.init is not None and student.init.method == "scale"
+    random = origin.init is not None and origin.init.method == "scale"
     # Random weights have nothing of the model that their shape is after.
     known = None if random else licence_of(base)
     card = model_card(
-        record, rows, base=base if base_model else adapter_base(student), licence=licence or known, teacher=teacher,
+        record, rows, base=base if base_model else adapter_base(origin), licence=licence or known, teacher=teacher,
         datasets=datasets, single=len(names) == 1, made=made, based=not random,
     )  # fmt: skip
     write_file(beside / CARD, card.encode())
@@ -183,6 +189,15 @@ def _finish(
         if path.is_file():
             path.chmod(0o666 & ~mask)
         flush(path)
+
+
+def _made(run: Path, record: RunRecord, origin: StudentSection) -> str | None:
+    """What was made of the origin's model for the student to start from; None where it started from that model as it is."""
+    if not is_made(origin):
+        return None
+    # The base of a reinforced student lies in the run that was distilled.
+    folder = run if "distilled_student" not in record.values else Path(trained_recipe(record)[1].model).parent
+    return described_base(folder) or "a student made of it"
 
 
 def _sources(record: RunRecord, saved: SavedRun | None) -> tuple[str | None, list[str]]:
@@ -213,7 +228,9 @@ def _compared_run(run: Path, cache: str | None, progress: Progress) -> SavedRun:
 
 def _refuse_full(beside: Path, record: RunRecord, wanted: list[Form]) -> None:
     """Whether the forms fit onto the disk, as far as it can be said before."""
-    count = record.values.get("parameters", {}).get("total", 0)
+    sizes = record.values.get("parameters")
+    count = sizes.get("total") if isinstance(sizes, dict) else None
+    count = count if isinstance(count, int | float) and is_amount(count) else 0
     merged = 0.0 if any(f.name == MERGED for f in wanted) or not any(f.quantization or f.gguf for f in wanted) else 2.0
     refuse_full_disk(beside, int(count * (merged + sum(f.bytes_per_parameter for f in wanted))))
 

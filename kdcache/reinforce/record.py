@@ -20,12 +20,18 @@ from typing import Any
 from kdcache.cache.files import write_file
 from kdcache.errors import StorageError, TrainingError
 from kdcache.recipe_reinforce import ReinforceRecipe
-from kdcache.reinforce_record import REINFORCED_FORMAT, load_reinforced
+from kdcache.reinforce_record import REFERENCE_FOLDER, REINFORCED_FORMAT, began_here, is_reinforcement, load_reinforced
 from kdcache.run_directory import LOCK, DirectoryLock, refuse_other_settings, refuse_without_resume
-from kdcache.run_record import LOG_FILE, REINFORCED_FILE, flat_keys, read_json
+from kdcache.run_record import (
+    JUDGED_FILES,
+    LOG_FILE,
+    REINFORCED_FILE,
+    STARTED_FILE,
+    flat_keys,
+    read_json,
+)
 
 PAGE_FILE, PLOT = "result.md", "reward"
-_STARTED = "started.json"
 # What may change between two sittings of one run.
 _FREE = ("output", "training.save_steps", "training.keep_checkpoints", "training.report_to", "evaluation.batch_size")
 
@@ -35,15 +41,15 @@ class ReinforceRecord:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model, self.reference = path / "model", path / "reference"
+        self.model, self.reference = path / "model", path / REFERENCE_FOLDER
         self.checkpoints, self.log = path / "checkpoints", path / LOG_FILE
-        self._record, self._started = path / REINFORCED_FILE, path / _STARTED
+        self._record, self._started = path / REINFORCED_FILE, path / STARTED_FILE
         self._lock = DirectoryLock(path)
 
     @staticmethod
     def is_in(path: Path) -> bool:
         """Whether a directory is that of a reinforcement, finished or not."""
-        return (path / REINFORCED_FILE).exists() or _is_ours(path / _STARTED)
+        return is_reinforcement(path)
 
     def prepare(self, recipe: ReinforceRecipe, digest: str, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Refuse what must not be touched; nothing is changed. Returns the record when ``resume`` meets the finished run.
@@ -52,7 +58,7 @@ class ReinforceRecord:
             TrainingError: the directory holds a run that neither flag allows to touch, another run, or something else.
         """
         found = sorted(p.name for p in self.path.iterdir() if p.name != LOCK) if self.path.is_dir() else []
-        if found and not _is_ours(self._started):
+        if found and not began_here(self.path):
             raise TrainingError(
                 f"{self.path} holds something that is no reinforcement ({', '.join(found[:4])}); give the recipe key output another "
                 "directory"
@@ -76,7 +82,7 @@ class ReinforceRecord:
             if anew:
                 for folder in (self.model, self.reference, self.checkpoints):
                     shutil.rmtree(folder, ignore_errors=True)
-                for name in (REINFORCED_FILE, LOG_FILE, PAGE_FILE, f"{PLOT}.png", f"{PLOT}.svg"):
+                for name in (REINFORCED_FILE, LOG_FILE, PAGE_FILE, f"{PLOT}.png", f"{PLOT}.svg", *JUDGED_FILES):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
@@ -91,13 +97,6 @@ class ReinforceRecord:
         values = {"format": REINFORCED_FORMAT, **values}
         write_file(self._record, json.dumps(values, indent=1).encode() + b"\n")
         return values
-
-
-def _is_ours(started: Path) -> bool:
-    try:
-        return "run digest" in json.loads(started.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _identity(recipe: ReinforceRecipe, digest: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import transformers
 from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.errors import RecipeError
+from kdcache.models import identify
 from kdcache.progress import Progress, Silent
 from kdcache.recipe_reinforce import ReinforceRecipe
 from kdcache.reinforce.answers import COLUMNS, NOTE, answer_rows, held_out
@@ -123,7 +124,7 @@ def reinforce(
             "kdcache": __version__,
             "run": str(run),
             "run_digest": start.digest,
-            "student": _section(reference, recipe),
+            **_student(reference, recipe, home),
             "distilled": start.distilled,
             "date": start.date,
             "recipe": recipe.model_dump(mode="json"),
@@ -195,10 +196,18 @@ def write_page(path: Path, results: dict[str, dict[str, float]]) -> None:
     write_file(path, f"{table(COLUMNS, answer_rows(results))}\n{NOTE} {INTERVAL_NOTE}\n".encode())
 
 
-def _section(start: Start, recipe: ReinforceRecipe) -> dict[str, Any]:
-    """The student's section under which the saved adapter is loaded: its base, and the adapter's shape."""
-    lora = recipe.lora if start.adapter is None else start.student.lora
-    return start.student.model_copy(update={"lora": lora}).model_dump(mode="json")
+def _student(start: Start, recipe: ReinforceRecipe, home: ReinforceRecord) -> dict[str, Any]:
+    """The student's section under which the saved adapter is loaded, its base and the adapter's shape; and what that base is. It
+    often lies in another run, which may be trained again."""
+    student, lora = start.student, recipe.lora if start.adapter is None else start.student.lora
+    fingerprint = identify(student.model, student.revision).fingerprint
+    # Read from another working directory it is to be the same folder, and not an id on the Hub.
+    place = str(Path(student.model).resolve()) if Path(student.model).is_dir() else student.model
+    return {
+        "student": student.model_copy(update={"model": place, "lora": lora}).model_dump(mode="json"),
+        "base_fingerprint": fingerprint,
+        "base_inside": student.model == str(home.reference),
+    }
 
 
 def _write_card(folder: Path, start: Start, recipe: ReinforceRecipe) -> None:

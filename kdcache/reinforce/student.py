@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from kdcache.errors import ModelError, TrainingError
-from kdcache.evaluate.saved_run import refuse_missing_student, trained_recipe
-from kdcache.models import load_adapter, refuse_missing_folder
+from kdcache.errors import TrainingError
+from kdcache.evaluate.saved_run import trained_recipe
+from kdcache.evaluate.saved_student import refuse_missing_student
+from kdcache.models import load_adapter
 from kdcache.recipe_student import LoraSection, StudentSection
-from kdcache.reinforce.record import ReinforceRecord
-from kdcache.reinforce_record import DISTILLED, load_reinforced
+from kdcache.reinforce_record import DISTILLED, distilled_part, is_reinforcement, load_reinforced
 from kdcache.run_record import load_record, record_digest
 from kdcache.student.assembly import load_student, with_adapter
 from kdcache.student.start import as_started
@@ -66,7 +66,7 @@ def open_start(path: Path) -> Start:
         TrainingError: no finished run, or one that this version does not read.
         ModelError: its student, or the base of that, is not there.
     """
-    if ReinforceRecord.is_in(path):
+    if is_reinforcement(path):
         record = load_reinforced(path)
         try:
             student = StudentSection.model_validate(record["student"])
@@ -74,14 +74,9 @@ def open_start(path: Path) -> Start:
             raise TrainingError(
                 f"{path} was reinforced by another version of kdcache, whose record this one does not read"
             ) from exc
-        saved = path / "model"
-        lacking = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (saved / n).is_file()]
-        if lacking:
-            raise ModelError(
-                f"the saved student {saved} is not whole: it lacks {', '.join(lacking)}; reinforce it again"
-            )
-        refuse_missing_folder(student.model)
-        return Start(path, record_digest(path), student, saved, str(record.get("date", DATE)), record.get("distilled"))
+        refuse_missing_student(path, student)
+        date, distilled = str(record.get("date", DATE)), distilled_part(record)
+        return Start(path, record_digest(path), student, path / "model", date, distilled)
     finished = load_record(path)
     recipe, student = trained_recipe(finished)
     refuse_missing_student(path, student)

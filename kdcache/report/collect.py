@@ -15,6 +15,7 @@ from typing import Any, Literal
 from kdcache.chain_record import CHAIN_FILE, read_chain, run_of
 from kdcache.errors import TrainingError
 from kdcache.recipe_keys import value_at
+from kdcache.reinforce_record import is_reinforcement
 from kdcache.report.judged import Evaluation, Inference, read_evaluation, read_inference
 from kdcache.run_record import AFTER, LOG_FILE, RunRecord, load_record, number, read_log
 from kdcache.sweep_record import SWEEP_FILE, State, checked_row, read_sweep_head
@@ -207,6 +208,8 @@ def _run(path: Path) -> Row:
     except TrainingError as exc:
         started = (path / "started.json").exists() and not (path / "run.json").exists()
         row.state, row.reason = "stopped" if started else "failed", str(exc)
+        if is_reinforcement(path):
+            row.state, row.reason = "failed", "a reinforcement, which reports do not show; kdcache evaluate judges it"
         return row
     _take(row, record)
     return row

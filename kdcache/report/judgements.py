@@ -88,10 +88,12 @@ def samples(found: Collection) -> tuple[Block, ...]:
             if sample.reference:
                 answers.setdefault("reference", sample.reference)
             for model in (TEACHER, BEFORE):
-                if model in sample.answers:
-                    answers.setdefault(model, sample.answers[model])
+                # Rows of one base and one teacher share them; of others they are told apart.
+                if (said := sample.answers.get(model)) is not None and answers.setdefault(model, said) != said:
+                    answers[f"{row.name}, {model}"] = said
             if AFTER in sample.answers:
-                answers[row.name if row.name not in answers else f"{row.name}, {AFTER}"] = sample.answers[AFTER]
+                apart = row.name in (*answers, "reference", TEACHER, BEFORE)
+                answers[f"{row.name}, {AFTER}" if apart else row.name] = sample.answers[AFTER]
     blocks: list[Block] = [Answers(prompt, _ordered(answers)) for prompt, answers in prompts.items()]
     if len(blocks) <= _OPEN_SAMPLES:
         return tuple(blocks)

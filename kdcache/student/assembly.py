@@ -245,8 +245,8 @@ def tell_of_end(trainer: DistillationTrainer, scores: dict[str, Score], loss: Lo
         )
     # Where weights or the temperature move, the loss moves with them.
     steady = not any(isinstance(value, Ramp) for value in (loss.temperature, loss.ce_weight, loss.kd_weight))
-    distils = span_of(loss.kd_weight)[1] > 0
-    for symptom in symptoms(state.log_history if steady else [], scores, distils=distils):
+    distils, labelled = (span_of(weight)[1] > 0 for weight in (loss.kd_weight, loss.ce_weight))
+    for symptom in symptoms(state.log_history if steady else [], scores, distils=distils, labelled=labelled):
         progress.warning(symptom)
 
 

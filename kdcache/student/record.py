@@ -24,14 +24,14 @@ from kdcache.progress import Progress
 from kdcache.recipe import Recipe
 from kdcache.recipe_keys import recipe_keys
 from kdcache.recipe_training import describe
+from kdcache.reinforce_record import is_reinforcement
 from kdcache.run_directory import LOCK, DirectoryLock, refuse_other_settings, refuse_without_resume
 from kdcache.run_record import (
-    EVALUATION_FILE,
-    EVALUATION_PAGE,
-    INFERENCE_FILE,
+    JUDGED_FILES,
     LOG_FILE,
     PLOT_FILE,
     RECORD_FILE,
+    STARTED_FILE,
     TABLE_FILE,
     RunRecord,
     flat_keys,
@@ -80,7 +80,7 @@ class RunDirectory:
         self.plot = path / PLOT_FILE
         self._overwrite = False
         self._lock = DirectoryLock(path)
-        self._started = path / "started.json"
+        self._started = path / STARTED_FILE
         self._record = path / RECORD_FILE
 
     def prepare(
@@ -92,6 +92,10 @@ class RunDirectory:
             TrainingError: the directory holds a run that neither flag allows to touch, or another run.
         """
         self._overwrite = overwrite
+        if is_reinforcement(self.path):
+            raise TrainingError(
+                f"{self.path} holds a reinforcement (kdcache reinforce); give the recipe key output another directory"
+            )
         apart = (LOCK, *UNBEGUN)
         found = sorted(p.name for p in self.path.iterdir() if p.name not in apart) if self.path.is_dir() else []
         if found and not self._started.exists():
@@ -122,7 +126,7 @@ class RunDirectory:
                 for path in (self.model, self.checkpoints):
                     shutil.rmtree(path, ignore_errors=True)
                 # What was measured of the student goes with it.
-                judged = (self.path / name for name in (EVALUATION_FILE, EVALUATION_PAGE, INFERENCE_FILE))
+                judged = (self.path / name for name in JUDGED_FILES)
                 for path in (self.log, self._record, self.table, self.plot, *judged, self._started):
                     path.unlink(missing_ok=True)
             put_in_place(recipe.student, self.path, made)

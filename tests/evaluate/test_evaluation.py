@@ -16,7 +16,8 @@ from kdcache.evaluate.evaluation import Wanted, evaluate
 from kdcache.evaluate.results import earlier_results, write_results
 from kdcache.evaluate.saved_run import Students, open_saved_run, score_saved_run
 from kdcache.evaluate.tables import leaderboard, score_table, task_table, write_page
-from kdcache.paired import difference, difference_text, ratio_error, read_losses, write_losses
+from kdcache.intervals import width_of
+from kdcache.paired import Losses, difference, difference_text, ratio_error, read_losses, write_losses
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.run_record import AFTER, BEFORE, TEACHER, record_digest
@@ -450,6 +451,24 @@ def test_a_difference_is_surer_than_the_losses_that_it_is_of(tmp_path):
     assert difference_text(apart).startswith("+0.0")
 
 
+@pytest.mark.parametrize("sequences", [2, 3, 5, 30])
+def test_intervals_of_few_sequences_are_as_wide_as_they_have_to_be(sequences):
+    rng = np.random.default_rng(2)
+    tokens = np.full(sequences, 10.0)
+    inside = 0
+    for apart in rng.normal(0.3, 1, (4000, sequences)):
+        best, other = (Losses(tuple(range(sequences)), tokens, {AFTER: x}) for x in (np.zeros(sequences), 10 * apart))
+        found = difference(other, best, AFTER)
+        inside += abs(found.value - 0.3) <= found.margin
+    assert inside / 4000 == pytest.approx(0.95, abs=0.012)
+
+
+def test_widths_are_students():
+    # 97.5 % points of the t distribution, from tables.
+    for clusters, width in ((2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (11, 2.228), (31, 2.042), (1001, 1.962)):
+        assert width_of(clusters) == pytest.approx(width, abs=0.004)
+
+
 def read(folder):
     lines = (folder / "by_sequence.csv").read_text().splitlines()[1:]
     tokens, nats = np.array([[float(x) for x in line.split(",")[1:]] for line in lines]).T
@@ -473,7 +492,7 @@ def test_losses_by_sequence_are_only_read_where_they_are_those_of_the_evaluation
     # Of another evaluation, damaged, or absent: as if there were none.
     assert read_losses(done["a"].run, {m: loss + 0.01 for m, loss in means["a"].items()}) is None
     for text in ("", "sequence,tokens\n", "sequence,tokens,student after\n0,x,1\n", "sequence,tokens,student after\n0,3\n1,2,3\n",
-                 "sequence,tokens,student after\n0,0,nan\n", "\0"):  # fmt: skip
+                 "sequence,tokens,student after\n0,0,nan\n", "sequence,tokens,student after\ninf,3,1\n", "\0"):  # fmt: skip
         (tmp_path / "by_sequence.csv").write_text(text)
         assert read_losses(tmp_path, {AFTER: 1.0}) is None
     assert read_losses(tmp_path / "nowhere", {AFTER: 1.0}) is None

@@ -3,11 +3,14 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
@@ -22,6 +25,7 @@ from kdcache.reinforce.run import reinforce, reward_ends
 from kdcache.reinforce.seeds import seed_rows
 from kdcache.reinforce.student import adapter_weights, load_policy, open_start, refuse_other_reference
 from kdcache.reinforce.trainer import make_trainer, reinforce_arguments
+from kdcache.reinforce_record import load_trained
 from kdcache.run_record import read_log
 from kdcache.student.distill import distill
 from kdcache.token_maps import load_tokenizer
@@ -325,21 +329,95 @@ def test_a_reinforced_student_is_judged_and_exported_like_any_other(runs, wanted
     known = distilled["student before" if name == "lora" else "student after"]
     assert found["student before"]["loss"] == pytest.approx(known["loss"], rel=1e-6)
     assert all(abs(found["student after"]["loss"] - score["loss"]) > 1e-4 for score in distilled.values())
-    exported = CliRunner().invoke(app, ["export", str(out), str(tmp_path / "x"), "--to", "merged,adapter", *cache])
+    refused = CliRunner().invoke(app, ["export", str(out), str(tmp_path / "x"), "--to", "adapter", *cache])
+    assert ("published nowhere" in str(refused.exception)) == (name == "full")
+    forms = "merged,adapter" if name == "lora" else "merged"
+    exported = CliRunner().invoke(app, ["export", str(out), str(tmp_path / "x"), "--to", forms, *cache, "--overwrite"])
     assert exported.exit_code == 0, exported.exception
     rows = json.loads((tmp_path / "x/export.json").read_text())["rows"]
+    page = (out / "evaluation.md").read_text()
+    assert "Student before: the base of its adapter, " in page
     assert rows["run"]["loss"] == pytest.approx(found["student after"]["loss"], rel=1e-6)
-    assert rows["adapter"]["kl_to_run"] == pytest.approx(0, abs=1e-7)
+    if name == "lora":
+        assert rows["adapter"]["kl_to_run"] == pytest.approx(0, abs=1e-7)
     assert rows["merged"]["kl_to_run"] < 1e-3
     card = (tmp_path / "x/README.md").read_text()
     assert "reinforced afterwards, for 4 steps of GRPO" in card
     assert "| after reinforcement |" in card
     assert "## Before and after" not in card
-    values = json.loads((out / "reinforce.json").read_text())
-    del values["distilled"]
-    (out / "reinforce.json").write_text(json.dumps(values))
-    refused = CliRunner().invoke(app, ["evaluate", str(out), *cache])
-    assert "reinforce the run again" in str(refused.exception)
+    assert "# student, distilled from teacher" in card
+
+
+def test_a_reinforcement_is_of_the_base_that_it_was_trained_on(runs, wanted, tmp_path, shared_cache, monkeypatch):
+    """The base of a student trained in full lies in that run, and is found from anywhere; trained again, it is another one."""
+    copied = tmp_path / "full"
+    shutil.copytree(runs["full"], copied)
+    monkeypatch.chdir(tmp_path)
+    reinforce(Path("full"), recipe(wanted, output="out"))
+    cache, out = ["--cache", str(shared_cache)], tmp_path / "out"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert CliRunner().invoke(app, ["evaluate", str(out), *cache]).exit_code == 0
+    assert "kdcache evaluate judges it" in CliRunner().invoke(app, ["report", str(out)]).output
+    weights = next((copied / "model").glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({k: v * 1.01 for k, v in tensors.items()}, weights, {"format": "pt"})
+    for command in (["evaluate", str(out), *cache], ["export", str(out), "x", "--to", "merged", *cache]):
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, ModelError)
+        assert "holds another model by now" in str(refused.exception)
+    with pytest.raises(ModelError, match="holds another model by now"):
+        open_start(out)
+
+
+def test_the_base_that_the_cold_start_made_moves_with_the_directory(runs, wanted, tmp_path, shared_cache):
+    reinforce(runs["full"], recipe(wanted, cold_start={"steps": 1, "examples": 4}))
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert open_start(tmp_path / "moved").student.model == str(tmp_path / "moved/reference")
+    judged = CliRunner().invoke(app, ["evaluate", str(tmp_path / "moved"), "--cache", str(shared_cache)])
+    assert judged.exit_code == 0, judged.exception
+
+
+def test_no_training_begins_where_a_reinforcement_lies(runs, wanted, tmp_path, base_values, shared_cache):
+    out = tmp_path / "out"
+    reinforce(runs["lora"], recipe(wanted))
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "model/adapter_model.safetensors").read_bytes()
+    values = copy.deepcopy(base_values) | {"output": str(out)}
+    values["cache"]["directory"] = str(shared_cache)
+    for overwrite in (False, True):
+        with pytest.raises(TrainingError, match="holds a reinforcement"):
+            distill(parse_recipe(values), overwrite=overwrite)
+    assert (out / "model/adapter_model.safetensors").read_bytes() == before
+    shutil.copy(runs["lora"] / "run.json", out / "run.json")
+    for reads in (load_trained, open_start):
+        with pytest.raises(TrainingError, match="holds both a training"):
+            reads(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distilled": None}, "from the distilled run on"),
+        ({"distilled": [1]}, "from the distilled run on"),
+        ({"distilled": {"recipe": 1, "cache_id": ""}}, "from the distilled run on"),
+        ({"student": None}, "is not the record of a reinforcement"),
+        ({"student": {"model": 1}}, "is not the record of a reinforcement"),
+        ({"format": "x"}, "is not the record of a reinforcement"),
+    ],
+)
+def test_a_record_that_is_none_is_one_clear_error(tmp_path, changes, message):
+    values = {"format": "kdcache-reinforce", "student": {"model": "x"}, "run": "some/run"}
+    (tmp_path / "reinforce.json").write_text(json.dumps(values | changes))
+    with pytest.raises(TrainingError, match=message):
+        load_trained(tmp_path)
+    (tmp_path / "reinforce.json").unlink()
+    (tmp_path / "started.json").write_text(json.dumps({"run digest": ""}))
+    with pytest.raises(TrainingError, match="finish it with kdcache reinforce --resume"):
+        load_trained(tmp_path)
+    (tmp_path / "started.json").write_text('["run digest"]')
+    with pytest.raises(TrainingError, match="holds no finished run"):
+        load_trained(tmp_path)
 
 
 def test_several_seeds_are_compared(runs, wanted, tmp_path):

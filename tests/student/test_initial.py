@@ -17,7 +17,8 @@ from kdcache.errors import KdcacheError, ModelError, RecipeError
 from kdcache.evaluate.evaluation import Wanted, evaluate
 from kdcache.evaluate.inference import InferenceBench
 from kdcache.evaluate.perplexity import student_score
-from kdcache.evaluate.saved_run import Students, open_saved_run, refuse_missing_student, score_saved_run
+from kdcache.evaluate.saved_run import Students, open_saved_run, score_saved_run
+from kdcache.evaluate.saved_student import refuse_missing_student
 from kdcache.models import load_model
 from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
