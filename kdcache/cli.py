@@ -60,7 +60,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
             sys.exit(_INTERRUPTED)
         _fail(
-            "stopped; what is committed stays, run the same command again (train-student with --resume) to go on",
+            "stopped; what is committed stays, run the same command again (train-student and reinforce with --resume) to go on",
             _INTERRUPTED,
         )
     except typer.Abort:

@@ -79,6 +79,6 @@ def refuse_other_settings(path: Path, then: Mapping[str, Any], now: Mapping[str,
     if keys:
         shown = "; ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in keys[:6])
         raise TrainingError(
-            f"{path} holds a run with other settings: {shown}. Put them back, start over by --overwrite, or give the recipe key "
-            "output another directory"
+            f"{path} holds a run with other settings: {shown}. Put them back, start over (--overwrite of train-student and "
+            "reinforce, or without the directory), or give the recipe key output another one"
         )

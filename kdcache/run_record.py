@@ -57,6 +57,8 @@ def load_record(path: Path) -> RunRecord:
     try:
         values = read_json(file)
     except FileNotFoundError as exc:
+        if not path.is_dir():
+            raise TrainingError(f"there is no run directory {path}; name one of kdcache train-student") from exc
         raise TrainingError(
             f"{path} holds no finished run (no run.json); finish it with kdcache train-student --resume"
         ) from exc

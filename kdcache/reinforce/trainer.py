@@ -10,10 +10,6 @@ import csv
 import importlib
 import io
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +29,7 @@ from kdcache.run_record import read_log
 from kdcache.student.arguments import optimisation, refuse_absent_precision
 from kdcache.student.checkpoints import saved_whole
 from kdcache.student.progress_callback import ProgressCallback
+from kdcache.student.stopping import stop_on_request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -180,7 +177,7 @@ def train_to_end(trainer: Any, checkpoint: Path | None, progress: Progress) -> N
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             return
-    with _stop_on_request(progress) as stop:
+    with stop_on_request(progress) as stop:
         trainer.add_callback(stop)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -191,39 +188,6 @@ def train_to_end(trainer: Any, checkpoint: Path | None, progress: Progress) -> N
             ) from exc
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
-
-
-class _Stop(transformers.TrainerCallback):
-    asked = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop where that was asked for."""
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-@contextmanager
-def _stop_on_request(progress: Progress) -> Iterator[_Stop]:
-    """While this lasts the first SIGINT or SIGTERM is a request."""
-    stop = _Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-        progress.message("stopping after this step, with a checkpoint (once more: at once)")
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A shell that starts a command in the background has it ignore SIGINT, and so do we; other threads get no signals.
-    ours = threading.current_thread() is threading.main_thread()
-    caught = [n for n, handler in before.items() if ours and handler not in (signal.SIG_IGN, None)]
-    try:
-        for number in caught:
-            signal.signal(number, ask)
-        yield stop
-    finally:
-        for number in caught:
-            signal.signal(number, before[number])
 
 
 class _Told(ProgressCallback):

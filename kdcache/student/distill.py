@@ -181,6 +181,7 @@ def _distil(
 ) -> RunRecord:
     student, arguments, cache = ready.student, ready.arguments, ready.cache
     training, validation = recipe.training, cache.split(VALIDATION)
+    broken_off = resume and run.log.exists()
 
     def score(name: str) -> Score:
         return student_score(
@@ -216,6 +217,8 @@ def _distil(
     checkpoint = once(arguments, lambda: run.newest_checkpoint(progress)) if resume else None
     if checkpoint is not None:
         progress.message(f"going on from {checkpoint.name}")
+    elif broken_off:
+        progress.message("there is no checkpoint to go on from: from the beginning")
     tell_of_steps(trainer, progress)
     train_to_end(trainer, checkpoint, progress)
     end_readers(trainer)

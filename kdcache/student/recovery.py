@@ -17,6 +17,7 @@ from kdcache.errors import StorageError, TrainingError
 from kdcache.models import first_line
 from kdcache.progress import Progress
 from kdcache.student.checkpoints import best_checkpoint
+from kdcache.student.stopping import stop_on_request
 from kdcache.student.trainer import DistillationTrainer
 
 
@@ -24,12 +25,25 @@ def train_to_end(trainer: DistillationTrainer, checkpoint: Path | None, progress
     """Train, halving the forward pass and doubling the accumulation as often as memory demands.
 
     The global batches stay what they are. Weights and optimizer are those of the last whole step: nothing is lost but the
-    step in flight.
+    step in flight. Of one process, Ctrl-C or SIGTERM ends the step, saves a checkpoint and stops; of several, which would not
+    all hear of it within the same step, at once.
 
     Raises:
+        KeyboardInterrupt: it was stopped.
         TrainingError: out of memory with one sequence per forward pass, in the optimizer itself, or in one of several
             processes.
     """
+    if trainer.args.world_size > 1:
+        _to_end(trainer, checkpoint, progress)
+        return
+    with stop_on_request(progress) as stop:
+        trainer.add_callback(stop)
+        _to_end(trainer, checkpoint, progress)
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+
+
+def _to_end(trainer: DistillationTrainer, checkpoint: Path | None, progress: Progress) -> None:
     watch = _OptimizerWatch()
     trainer.add_callback(watch)
     while True:

@@ -50,7 +50,7 @@ def symptoms(
             else f"the student's KL to the teacher rose, {before.kl:.4f} to {after.kl:.4f}: train longer, or lower "
             "training.learning_rate"
         )
-    if distils and teacher.loss > before.loss:
+    if distils and teacher.loss > before.loss * (1 + _WORSE):
         found.append(
             f"the teacher is worse on the validation split (perplexity {teacher.perplexity:.3f}) than the student before training "
             f"({before.perplexity:.3f}): the KD term draws towards a worse model; lower loss.kd_weight, or take another teacher"

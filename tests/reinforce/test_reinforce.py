@@ -255,7 +255,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(runs, wanted, tmp_pa
             reinforce(run, recipe(wanted, **changes))
 
     monkeypatch.setattr("kdcache.reinforce.run.load_policy", lambda *a: pytest.fail("a model was loaded"))
-    refused(tmp_path / "none", TrainingError, "holds no finished run")
+    refused(tmp_path / "none", TrainingError, "there is no run directory")
     refused(runs["lora"], RecipeError, "the run to start from", output=str(runs["lora"]))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("x")

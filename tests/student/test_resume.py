@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from kdcache.recipe import parse_recipe
 from kdcache.student import assembly
 from kdcache.student.distill import distill
 from kdcache.student.log import read_log
+from tests.told import Told
 
 ROOT = Path(__file__).parent.parent.parent
 ADAPTER = "model/adapter_model.safetensors"
@@ -71,6 +73,53 @@ def test_a_run_stopped_three_times_ends_in_the_same_bytes(training, monkeypatch)
     assert (parts.output / ADAPTER).read_bytes() == (whole.output / ADAPTER).read_bytes()
     assert (parts.output / "log.csv").read_bytes() == (whole.output / "log.csv").read_bytes()
     assert parts.scores == whole.scores
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_step_and_loses_nothing(training, monkeypatch, number):
+    whole = distill(parse_recipe(training))
+    training["output"] += "-asked"
+    told = Told()
+
+    class Asker(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), number)
+
+    class AskedTrainer(assembly.DistillationTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.add_callback(Asker())
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(assembly, "DistillationTrainer", AskedTrainer)
+            with pytest.raises(KeyboardInterrupt):
+                distill(parse_recipe(training), progress=told)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopping after this step, with a checkpoint (once more: at once)" in told.messages
+    # No step was lost, although a checkpoint was only due at step 6; and nothing takes it for the end.
+    parts = distill(parse_recipe(training), resume=True, progress=told)
+    assert parts.values["resumed_at"] == 5
+    assert "going on from checkpoint-5" in told.messages
+    assert (parts.output / ADAPTER).read_bytes() == (whole.output / ADAPTER).read_bytes()
+    assert parts.scores == whole.scores
+
+
+def test_a_run_without_a_checkpoint_begins_again_and_says_so(training, monkeypatch):
+    stopped(parse_recipe(training), monkeypatch, 2)
+    told = Told()
+    record = distill(parse_recipe(training), resume=True, progress=told)
+    assert record.values["resumed_at"] == 0
+    assert "there is no checkpoint to go on from: from the beginning" in told.messages
+    training["output"] += "-new"
+    told = Told()
+    distill(parse_recipe(training), resume=True, progress=told)
+    assert not [text for text in told.messages if "no checkpoint" in text]
 
 
 def test_another_cut_of_the_same_global_batch_goes_on(training, monkeypatch):
