@@ -24,7 +24,7 @@ from kdcache.chain.stages import expand  # noqa: E402
 from kdcache.markdown import table  # noqa: E402
 from kdcache.recipe import Recipe, load_recipe  # noqa: E402
 from kdcache.recipe_student import StudentSection  # noqa: E402
-from kdcache.student.parameters import Parameters, count_parameters, outline, read_config  # noqa: E402
+from kdcache.student.parameters import Parameters, count_parameters, outline, read_config, untrained_bytes  # noqa: E402
 
 # hidden, feed-forward, layers, heads, key/value heads, vocabulary, tied head; from the models' cards.
 SHAPES: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
@@ -82,13 +82,12 @@ def row(name: str, recipe: Recipe, folder: Path) -> list[str]:
     assert teacher is not None
     assert student is not None
     alone = StudentSection(model=local(teacher.model, folder), quantization=teacher.quantization)
-    taught = parameters(alone, recipe.training.optimizer)
     source = student.model or teacher.model
     made = student.model_copy(update={"model": local(source, folder)})
     found = parameters(made, recipe.training.optimizer)
     state = found.gradient_bytes + (found.state_bytes or 0)
     return [
-        name, f"{source_name(teacher.model)}, {form(teacher.quantization, teacher.dtype)}", gib(taught.base_bytes),
+        name, f"{source_name(teacher.model)}, {form(teacher.quantization, teacher.dtype)}", gib(untrained_bytes(alone)),
         f"{source_name(source)}{MADE.get(student.init.method, '') if student.init else ''}, {millions(found.total)}, {form(student.quantization, student.dtype)}",
         gib(found.base_bytes + found.adapter_bytes), millions(found.trained), gib(state),
         f"{recipe.selection.bytes_per_position:g} MB",

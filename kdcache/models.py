@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.devices import give_back_memory, own_gpu, refuse_absent_attention, resolve_device
 from kdcache.errors import ModelError
+from kdcache.hub_access import refuse_unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def identify(model: str, revision: str | None = None) -> ModelIdentity:
     try:
         config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as exc:
+        refuse_unreachable(model, exc)
         raise ModelError(f"cannot read the configuration of {model}: {first_line(exc)}") from exc
     architecture = (config.architectures or ["unknown"])[0]
     width = int(config.get_text_config().vocab_size)

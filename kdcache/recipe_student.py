@@ -90,7 +90,9 @@ class InitSection(Section):
 
     def _refuse_unclear_layers(self) -> None:
         if (self.every is None) == (self.layers is None):
-            raise ValueError("student.init.method drop_layers needs either student.init.every or student.init.layers")
+            raise ValueError(
+                "student.init.method drop_layers needs student.init.every or student.init.layers, one of them and not both"
+            )
         layers = self.layers
         if layers is not None and (not layers or any(b <= a for a, b in zip((-1, *layers), layers, strict=False))):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.strict_json import canonical_sha256
 from kdcache.errors import TokenizerError
+from kdcache.hub_access import refuse_unreachable
 from kdcache.models import first_line, quiet_libraries, refuse_missing_folder
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as exc:
+        refuse_unreachable(model, exc)
         # Anything from OSError to KeyError, depending on which file is missing or broken.
         raise TokenizerError(f"{model} has no usable tokenizer: {first_line(exc)}") from exc
     if len(tokenizer.get_vocab()) < 2:

@@ -218,6 +218,7 @@ BAD_TEACHER = {
     "no target left": ({"data.max_length": 3}, "no example has a response token"),
     "model missing": ({"teacher.model": "/nowhere/model"}, "does not exist"),
     "no tokenizer": ({"teacher.model": "BARE"}, "no usable tokenizer"),
+    "no network": ({"teacher.model": "nobody/has-this"}, "the Hub cannot be reached"),
     "no end token": ({"teacher.model": "ENDLESS"}, "no end-of-sequence token"),
     "no weights": ({"teacher.model": "WEIGHTLESS"}, "has no weights"),
     "k above V": ({"selection": {"method": "top_k", "k": 60000}}, "selection.k is 60000, but the vocabulary"),

@@ -25,7 +25,13 @@ from kdcache.run_record import RECORD_FILE, read_json, record_digest
 from kdcache.student.agreement import refuse_unfit
 from kdcache.student.arguments import training_arguments
 from kdcache.student.initial import refuse_impossible
-from kdcache.student.parameters import count_parameters, outline, read_config, refuse_other_targets
+from kdcache.student.parameters import (
+    count_parameters,
+    outline,
+    read_config,
+    refuse_other_targets,
+    untrained_bytes,
+)
 from kdcache.student.record import RunDirectory
 from kdcache.teacher.planning import plan_cache
 from kdcache.token_maps import load_tokenizer, refuse_other_tokens, token_map
@@ -167,9 +173,7 @@ def _teacher_bytes(stage: Stage) -> int:
         like = StudentSection(model=section.model, revision=section.revision)
     else:
         like = stage.taught_by.student_section
-    loaded = {"quantization": section.quantization, "dtype": section.dtype, "lora": StudentSection(model="-").lora}
-    teacher = like.model_copy(update=loaded)
-    return count_parameters(outline(read_config(teacher), teacher), teacher, "sgd").base_bytes
+    return untrained_bytes(like.model_copy(update={"quantization": section.quantization, "dtype": section.dtype}))
 
 
 def _has_budget(recipe: Recipe) -> bool:

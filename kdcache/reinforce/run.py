@@ -29,6 +29,7 @@ from kdcache.reinforce.plots import write_plot
 from kdcache.reinforce.questions import Question, load_questions, reinforced, token_rows
 from kdcache.reinforce.record import PAGE_FILE, ReinforceRecord
 from kdcache.reinforce.student import ADAPTER, Start, load_policy, open_start
+from kdcache.reinforce.symptoms import symptoms
 from kdcache.reinforce.trainer import make_trainer, need_trl, reinforce_arguments, train_to_end
 from kdcache.run_record import read_log
 from kdcache.student.assembly import load_student
@@ -120,6 +121,7 @@ def reinforce(
         model.save_pretrained(str(home.model), selected_adapters=[ADAPTER])
         tokenizer.save_pretrained(str(home.model))
         _write_card(home.model, reference, recipe)
+        reference_name = BEFORE if recipe.cold_start is None else WARM
         values = {
             "kdcache": __version__,
             "run": str(run),
@@ -128,7 +130,7 @@ def reinforce(
             "distilled": start.distilled,
             "date": start.date,
             "recipe": recipe.model_dump(mode="json"),
-            "reference": WARM if recipe.cold_start is not None else BEFORE,
+            "reference": reference_name,
             "held_out": results,
             "reward": reward_ends(read_log(home.log)),
             "steps": trainer.state.global_step,
@@ -137,6 +139,8 @@ def reinforce(
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             "hardware": hardware(),
         }
+        for symptom in symptoms(read_log(home.log), results.get(reference_name), results.get(AFTER)):
+            progress.warning(symptom)
         write_plot(home.path, [(f"seed {recipe.seed}", read_log(home.log))])
         write_page(home.path / PAGE_FILE, results)
         return home.finish(values)

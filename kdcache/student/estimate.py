@@ -18,7 +18,7 @@ import torch
 
 from kdcache.cache.reader import Cache
 from kdcache.errors import RecipeError
-from kdcache.models import effective_dtype, refuse_narrow_head
+from kdcache.models import refuse_narrow_head
 from kdcache.progress import Progress, Silent
 from kdcache.recipe import Recipe
 from kdcache.recipe_student import StudentSection
@@ -31,7 +31,7 @@ from kdcache.student.bench import padded_tokens
 from kdcache.student.distill import fitting_cache
 from kdcache.student.hidden import refuse_impossible_term, refuse_other_live_teacher
 from kdcache.student.initial import is_made, stored_dtype
-from kdcache.student.parameters import Parameters, count_parameters, outline, read_config
+from kdcache.student.parameters import Parameters, count_parameters, outline, read_config, untrained_bytes
 from kdcache.student.probe import Probe, probe, shortened, write_random
 from kdcache.student.processes import launched
 from kdcache.student.sampler import BatchPlan
@@ -236,11 +236,7 @@ def _teacher_bytes(recipe: Recipe) -> int:
     if teacher is None or not recipe.loss.hidden_weight:
         return 0
     kept = teacher.model_dump(include={"model", "revision", "quantization", "dtype", "device"})
-    section = StudentSection.model_validate(kept)
-    p = count_parameters(outline(read_config(section), section), section, "sgd")
-    # Counted as a student's: of a quantised one, what is not quantised would be taken to float32.
-    size = getattr(torch, effective_dtype(section.quantization, section.dtype)).itemsize
-    return p.base_bytes - (p.frozen * (4 - size) if p.quantised else 0)
+    return untrained_bytes(StudentSection.model_validate(kept))
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,22 @@ def count_parameters(base: PreTrainedModel, student: StudentSection, optimizer: 
     )
 
 
+def untrained_bytes(model: StudentSection) -> int:
+    """Bytes of a model's weights that is only looked at, such as a teacher: what is not quantised stays in its own precision.
+
+    Args:
+        model: how it is loaded; a section ``lora`` does not count.
+
+    Raises:
+        ModelError: as `read_config` and `outline`.
+    """
+    frozen = model.model_copy(update={"lora": StudentSection(model="-").lora})
+    p = count_parameters(outline(read_config(frozen), frozen), frozen, "sgd")
+    size = getattr(torch, effective_dtype(model.quantization, model.dtype)).itemsize
+    # Counted as a student's: preparing that for training takes what is not quantised to float32.
+    return p.base_bytes - (p.frozen * (4 - size) if p.quantised else 0)
+
+
 def optimizer_bytes(name: str, parameters: Iterable[torch.nn.Parameter], embeddings: Iterable[int] = ()) -> int | None:
     """Bytes of an optimizer's state, None for one that is not known here.
 

@@ -24,6 +24,7 @@ from kdcache.reinforce.questions import load_questions
 from kdcache.reinforce.run import reinforce, reward_ends
 from kdcache.reinforce.seeds import seed_rows
 from kdcache.reinforce.student import adapter_weights, load_policy, open_start, refuse_other_reference
+from kdcache.reinforce.symptoms import symptoms
 from kdcache.reinforce.trainer import make_trainer, reinforce_arguments
 from kdcache.reinforce_record import load_trained
 from kdcache.run_record import read_log
@@ -434,6 +435,15 @@ def test_several_seeds_are_compared(runs, wanted, tmp_path):
     assert "| mean |" in (tmp_path / "out/seeds.md").read_text()
     for bad in ("", "a", "1,1", "1,-2"):
         assert "--seeds should be" in str(command(runs["lora"], written(wanted, tmp_path), "--seeds", bad).exception)
+
+
+def test_what_is_wrong_with_a_reinforcement_is_told():
+    log = [{"step": i, "reward": 0.0, "same_reward": 1.0} for i in range(9)]
+    [told] = symptoms([*log, {"step": 9, "same_reward": 0.5}], {"right": 0.5}, {"right": 0.47})
+    assert told.startswith("for 95% of the questions all completions got the same reward")
+    [told] = symptoms([{"same_reward": 0.5}], {"right": 0.5}, {"right": 0.4})
+    assert "fell from 50.0% to 40.0%" in told
+    assert symptoms([], None, None) == symptoms([{"step": 1}], {"right": 0.0}, None) == []
 
 
 def test_means_over_seeds():

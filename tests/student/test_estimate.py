@@ -10,6 +10,7 @@ import transformers
 from kdcache import cli
 from kdcache.cache.reader import open_cache
 from kdcache.errors import CacheError, RecipeError
+from kdcache.models import load_model
 from kdcache.recipe import parse_recipe
 from kdcache.recipe_student import StudentSection
 from kdcache.student import estimate as estimate_module
@@ -18,7 +19,13 @@ from kdcache.student.bench import Bench
 from kdcache.student.collate import Collator
 from kdcache.student.distill import distill
 from kdcache.student.estimate import estimate_training
-from kdcache.student.parameters import count_parameters, optimizer_bytes, outline, read_config
+from kdcache.student.parameters import (
+    count_parameters,
+    optimizer_bytes,
+    outline,
+    read_config,
+    untrained_bytes,
+)
 from kdcache.student.probe import PerLayer, probe, shortened, write_random
 from kdcache.summary import duration, training_lines
 
@@ -82,6 +89,14 @@ def test_parameters_and_their_bytes_are_those_of_the_loaded_student(student, cha
         assert p.base_bytes + p.adapter_bytes == held_bytes(real) + 4 * rows
     else:
         assert p.base_bytes + p.adapter_bytes == pytest.approx(held_bytes(real), rel=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_that_is_only_looked_at_takes_what_it_takes(student, quantization, dtype):
+    section = StudentSection.model_validate(student | {"quantization": quantization, "dtype": dtype})
+    real = load_model(section.model, quantization=quantization, dtype=dtype, device="cpu")
+    assert untrained_bytes(section) == pytest.approx(held_bytes(real), rel=1e-3)
 
 
 OPTIMIZERS = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "rmsprop", "adagrad", "sgd", "adafactor"]  # fmt: skip

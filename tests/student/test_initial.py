@@ -230,8 +230,8 @@ MINIMAL = {"output": "o", "cache": {"directory": "c"}}
     [
         ({}, r"the recipe lacks student\.init\.method"),
         ({"method": "prune"}, r"student\.init\.method"),
-        ({"method": "drop_layers"}, r"needs either student\.init\.every or student\.init\.layers"),
-        ({"method": "drop_layers", "every": 2, "layers": [0]}, r"needs either student\.init\.every or"),
+        ({"method": "drop_layers"}, r"needs student\.init\.every or student\.init\.layers"),
+        ({"method": "drop_layers", "every": 2, "layers": [0]}, r"needs student\.init\.every or"),
         ({"method": "drop_layers", "every": 1}, r"student\.init\.every: .*greater than or equal to 2"),
         ({"method": "drop_layers", "layers": []}, r"in rising order, none of them twice, found \[\]"),
         ({"method": "drop_layers", "layers": [0, 2, 2]}, r"none of them twice, found \[0, 2, 2\]"),

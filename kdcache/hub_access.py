@@ -1,0 +1,27 @@
+"""What went wrong between this machine and the Hub, told apart from what is wrong with a model."""
+
+from __future__ import annotations
+
+from kdcache.errors import ModelError
+
+
+def refuse_unreachable(model: str, error: BaseException) -> None:
+    """Where a model's files could not be had from the Hub, that is what is wrong, and not the files.
+
+    Args:
+        model: folder or id.
+        error: what loading it ended in.
+
+    Raises:
+        ModelError: the Hub was not reached, and the model is not in its cache on this machine.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            raise ModelError(
+                f"{model} is not on this machine, and the Hub cannot be reached from it; fetch it where there is a network (hf download "
+                f"{model}), or name a folder"
+            ) from error
+        cause = cause.__cause__ or cause.__context__
