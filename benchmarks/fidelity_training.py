@@ -233,7 +233,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             else:
                 sums = loss_sums(
                     model, model, batch(data, chosen, True), vocab_size=data.logits.shape[1], temperature=t,
-                    ce_weight=ce_weight, kd_weight=1 - ce_weight,
+                    ce_weight=ce_weight, kd_weight=1 - ce_weight, control_variate=kind == "sampling",
                 )  # fmt: skip
                 loss, count = sums.total, len(sums.ce_N)
             (loss / count).backward()

@@ -71,6 +71,11 @@ class LossSection(Section):
         "exact entries scaled to 1 (biased, for comparison); auto: the drawn entries where the cache has them and the "
         "divergence is forward_kl or soft_ce, otherwise lumped.",
     )
+    control_variate: bool = Field(
+        True,
+        description="Less noise in the gradient of drawn entries: the student's own distribution, by the share 1 - 1 / T, stands in "
+        "for what was not drawn, and the draws correct it. For threshold_sampling with tail logits and one teacher.",
+    )
 
     hidden_weight: float = Field(
         0.0,

@@ -106,6 +106,7 @@ def make_trainer(
                 "reduction": loss.reduction,
                 "divergence": loss.divergence,
                 "beta": loss.beta,
+                "control_variate": loss.control_variate and knows_its_draws(cache),
                 "kept_share": summary.kept_positions / summary.positions,
                 "order": order_of(recipe),
                 "skip_nonfinite": training.skip_nonfinite,
@@ -130,6 +131,13 @@ def collator_of(recipe: Recipe, cache: Cache) -> Collator:
         max_length=training.max_length or (cache.plan.data.max_length if training.packing else None),
         packed=training.packing,
     )
+
+
+def knows_its_draws(cache: Cache) -> bool:
+    """Whether a cache's drawn entries were drawn with probability ``p / weight``, each ``p`` known: by threshold sampling, with
+    the logits of what was drawn, and of one teacher."""
+    selection = cache.plan.selection
+    return selection.method == "threshold_sampling" and selection.tail_logits and not isinstance(cache, Mixture)
 
 
 def order_of(recipe: Recipe) -> OrderOptions:

@@ -16,13 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from kdcache.head import Head
 from kdcache.student import row_passes
-from kdcache.student.divergence import Bins, divergence_of
+from kdcache.student.divergence import Bins, controlled, divergence_of
 from kdcache.student.sparse_teacher import SparseTeacher
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `distillation_loss` was asked for: ``width`` columns of the head, ``rows`` per chunk, ``gradient`` at all."""
+    """What `distillation_loss` was asked for: ``width`` columns of the head, ``rows`` per chunk, ``gradient`` at all,
+    ``control`` as the share of `controlled`."""
 
     temperature: float
     ce_weight: float
@@ -32,6 +33,7 @@ class Settings:
     width: int
     rows: int
     gradient: bool
+    control: float = 0.0
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -134,6 +136,8 @@ def _chunk(
         weights_CK=weights_CK.exp(),
     )
     outcome = divergence_of(settings.divergence, settings.beta)(bins)
+    if settings.control and teacher.log_weights_NK is not None:
+        outcome = controlled(bins, outcome, settings.control)
     ce_C = log_z_1 - label_C
     # A row that says nothing of the teacher, not even of a rest, costs nothing whatever the divergence.
     silent_C = empty_C1.squeeze(1) & torch.isneginf(teacher.log_tail_N)

@@ -29,6 +29,7 @@ def loss_sums(
     kd_weight: float,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
+    control_variate: bool = False,
     hidden: HiddenTerm | None = None,
 ) -> LossSums:
     """Loss sums of a batch made by `Collator`.
@@ -45,6 +46,7 @@ def loss_sums(
         kd_weight: lambda_KD.
         divergence: as `distillation_loss` takes it.
         beta: of the generalised JSD.
+        control_variate: as `distillation_loss` takes it.
         hidden: a term on hidden states, added to the total.
     """
     following = batch["labels"][:, 1:]
@@ -71,6 +73,7 @@ def loss_sums(
             beta=beta,
             bias_V=bias_V,
             vocab_size=vocab_size,
+            control_variate=control_variate,
         )
         sums.append(found)
         return hidden_BLD[:, :0]

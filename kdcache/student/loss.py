@@ -68,6 +68,7 @@ def distillation_loss(
     bias_V: torch.Tensor | None = None,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
+    control_variate: bool = False,
 ) -> LossSums:
     """Loss sums of the rows.
 
@@ -84,6 +85,9 @@ def distillation_loss(
         bias_V: head bias.
         vocab_size: columns that stand for tokens, the rest is padding of the head; all of them when None.
         chunk_rows: rows per chunk; by default as many as keep a chunk's float32 logits within 256 MiB.
+        control_variate: where entries were drawn with probability ``p / weight``, take the student's own distribution as
+            a guess for what was not drawn (`divergence.controlled`), by the share ``1 - 1 / T``: the gradient's
+            expectation over the draws stays, its noise falls. The values stay as they are.
 
     Returns:
         The weighted total (differentiable in hidden states, head and bias), CE and divergence per row.
@@ -111,7 +115,9 @@ def distillation_loss(
     rows = chunk_rows or max(1, CHUNK_BYTES // (4 * width))
     # Asked for here: inside the function gradients are always off.
     gradient = torch.is_grad_enabled()
-    settings = Settings(temperature, ce_weight, kd_weight, divergence, beta, width, rows, gradient)
+    # At T = 1 the student is too far from the teacher to be of use as a guess; the flatter, the closer they are.
+    control = max(0.0, 1.0 - 1.0 / temperature) if control_variate else 0.0
+    settings = Settings(temperature, ce_weight, kd_weight, divergence, beta, width, rows, gradient, control)
     # Reductions and products stay in float32 whatever the caller's autocast says.
     with torch.autocast(hidden_ND.device.type, enabled=False):
         total, ce, spread = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
@@ -132,6 +138,7 @@ class DistillationLoss(torch.nn.Module):
         divergence: Divergence = "forward_kl",
         beta: float = 0.5,
         vocab_size: int | None = None,
+        control_variate: bool = False,
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {
@@ -141,6 +148,7 @@ class DistillationLoss(torch.nn.Module):
             "divergence": divergence,
             "beta": beta,
             "vocab_size": vocab_size,
+            "control_variate": control_variate,
         }
 
     def forward(

@@ -47,6 +47,7 @@ class CachedDistillation:
         reduction: str = "mean",
         divergence: Divergence = "forward_kl",
         beta: float = 0.5,
+        control_variate: bool = False,
         kept_share: float = 1.0,
         order: OrderOptions | None = None,
         skip_nonfinite: int = 0,
@@ -64,6 +65,7 @@ class CachedDistillation:
                 ``sum`` over tokens averaged over micro-batches.
             divergence: as `distillation_loss` takes it.
             beta: of the generalised JSD.
+            control_variate: as `distillation_loss` takes it.
             kept_share: share of the positions that have a teacher row, where the cache selects positions; with ``mean`` the
                 KD term is averaged over these, the cross-entropy over all.
             order: seed and manner of the order of samples.
@@ -72,7 +74,9 @@ class CachedDistillation:
             hidden: a term on hidden states, its projection attached to the model already.
         """
         self._scheduled = {"temperature": temperature, "ce_weight": ce_weight, "kd_weight": kd_weight}
-        self._loss_options: dict[str, Any] = {"vocab_size": vocab_size, "divergence": divergence, "beta": beta}
+        self._loss_options: dict[str, Any] = {
+            "vocab_size": vocab_size, "divergence": divergence, "beta": beta, "control_variate": control_variate,
+        }  # fmt: skip
         self._reduction = reduction
         self._kept_share = kept_share
         self._order = order or OrderOptions()

@@ -8,7 +8,7 @@ import torch
 
 from kdcache.errors import CacheError
 from kdcache.student.collate import sparse_teacher
-from kdcache.student.loss import distillation_loss
+from kdcache.student.loss import SparseTeacher, distillation_loss
 from kdcache.teacher.select import Selection, select
 from tests.reference import log_softmax, loss_from_logits, relative_error
 
@@ -166,6 +166,76 @@ def test_the_mean_gradient_over_all_draws_is_that_of_the_whole_distribution(meth
     assert relative_error(leaf.grad.double().mean(dim=0, keepdim=True), exact.grad) < 2e-3
     # And a single draw is not it already.
     assert relative_error(leaf.grad[:1], exact.grad) > 1e-2
+
+
+@pytest.mark.parametrize("temperature", [1.5, 2.0])
+def test_a_control_variate_takes_noise_away_and_nothing_else(temperature):
+    """Over evenly spread draws the mean gradient stays that of the whole distribution, and each is nearer to it."""
+    many, selection = 8192, Selection("threshold_sampling", (temperature,), floors=(0.05,))
+    logits = teacher_logits(1)
+    uniforms = (np.random.default_rng(0).permutation(many) + 0.5)[:, None] / many
+    rows = select(logits.repeat(many, 1), torch.zeros(many, dtype=torch.int64), selection, uniforms).rows
+    states, head, labels = student(1)
+    # A student on its way: a head that gives the teacher's logits, and some of its own.
+    own = torch.linalg.lstsq(states, logits).solution.T + 0.3 * head
+    found = {}
+    for control in (False, True):
+        leaf = states.repeat(many, 1).requires_grad_(True)
+        sums = distillation_loss(
+            leaf, own, labels.repeat(many), sparse_teacher(rows, temperature), temperature=temperature, ce_weight=0.2,
+            kd_weight=0.8, control_variate=control,
+        )  # fmt: skip
+        sums.total.backward()
+        found[control] = leaf.grad.double(), sums.divergence_N
+    exact = states.double().requires_grad_(True)
+    log_p = torch.from_numpy(log_softmax(logits.numpy(), temperature))
+    x = exact @ own.double().T
+    kl = (log_p.exp() * (log_p - torch.log_softmax(x / temperature, dim=1))).sum()
+    (0.2 * torch.nn.functional.cross_entropy(x, labels) + 0.8 * temperature**2 * kl).backward()
+    plain, controlled = (found[c][0] for c in (False, True))
+    for gradient in (plain, controlled):
+        assert relative_error(gradient.mean(dim=0, keepdim=True), exact.grad) < 2e-3
+    noise = [float((g - exact.grad).square().sum(dim=1).mean()) for g in (plain, controlled)]
+    assert noise[1] < 0.6 * noise[0]
+    assert torch.equal(found[False][1], found[True][1])
+
+
+def test_a_control_variate_changes_nothing_where_there_is_nothing_to_guess():
+    logits, weights = teacher_logits(), {"ce_weight": 0.5, "kd_weight": 0.5}
+    states, head, labels = student()
+    for method, temperature, tail in (
+        ("top_k", 2.0, "auto"), ("threshold_sampling", 2.0, "lumped"), ("threshold_sampling", 1.0, "auto"),
+    ):  # fmt: skip
+        teacher = sparse_teacher(chosen_rows(method, logits), temperature, tail)
+        found = []
+        for control in (False, True):
+            leaf = states.clone().requires_grad_(True)
+            distillation_loss(
+                leaf, head, labels, teacher, temperature=temperature, control_variate=control, **weights
+            ).total.backward()
+            found.append(leaf.grad)
+        assert torch.equal(*found)
+    # Rows that are empty, whose head is everything, or from which nothing was drawn, stay finite and the first without gradient.
+    teacher = sparse_teacher(chosen_rows("threshold_sampling", logits), 2.0)
+    leaf = states.clone().requires_grad_(True)
+    distillation_loss(
+        leaf, head, labels, teacher, temperature=2.0, control_variate=True, ce_weight=0.0, kd_weight=1.0
+    ).total.backward()
+    assert leaf.grad.isfinite().all()
+    assert not leaf.grad[2::4].any()
+    whole = SparseTeacher(torch.arange(V)[None], torch.log_softmax(logits[:1] / 2, dim=1), torch.tensor([-torch.inf]),
+                          torch.log_softmax(logits[:1] / 2, dim=1))  # fmt: skip
+    plain, other = (
+        torch.autograd.grad(
+            distillation_loss(
+                leaf := states[:1].clone().requires_grad_(True), head, labels[:1], whole, temperature=2.0,
+                control_variate=control, **weights,
+            ).total,
+            leaf,
+        )[0]
+        for control in (False, True)
+    )  # fmt: skip
+    assert torch.allclose(plain, other, rtol=1e-4, atol=1e-6)
 
 
 def test_draws_serve_up_to_the_largest_declared_temperature_and_a_bucket_above():
