@@ -12,7 +12,7 @@ def width_of(clusters: int) -> float:
     """Standard errors to either side of a 95 % interval whose standard error was itself found from so many clusters, at least 2.
 
     Student's t with ``clusters - 1`` degrees of freedom: exact for 1 and 2, and by Cornish and Fisher's expansion (Abramowitz and
-    Stegun 26.7.5) above, within .003.
+    Stegun 26.7.5) above, within .004.
     """
     freedom, z = clusters - 1, 1.959964
     if freedom == 1:

@@ -1,14 +1,12 @@
-"""Load base models, quantise them, attach LoRA, and say who they are.
+"""Load base models, quantise them, attach LoRA.
 
 Hugging Face ids and local folders alike. Code that ships with a model is never run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Name without a machine's paths, commit where there is one, and a hash of configuration and weights."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    architecture: str
-    head_width: int
-
 
 def quiet_libraries() -> None:
     """Leave only errors of the libraries on the terminal; ours say what a user needs to know."""
@@ -42,38 +27,6 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def identify(model: str, revision: str | None = None) -> ModelIdentity:
-    """Who a model is, without loading it.
-
-    Raises:
-        ModelError: no such folder, no configuration or no weights.
-    """
-    import transformers
-
-    quiet_libraries()
-    refuse_missing_folder(model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except Exception as exc:
-        refuse_unreachable(model, exc)
-        raise ModelError(f"cannot read the configuration of {model}: {first_line(exc)}") from exc
-    architecture = (config.architectures or ["unknown"])[0]
-    width = int(config.get_text_config().vocab_size)
-    folder = Path(model)
-    if not folder.is_dir():
-        commit = getattr(config, "_commit_hash", None) or revision
-        identity = hashlib.sha256(f"{model}@{commit}".encode()).hexdigest()
-        return ModelIdentity(model, commit, identity, architecture, width)
-    weights = sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern))
-    if not weights:
-        raise ModelError(f"{model} has no weights (expected model.safetensors)")
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weights:
-        with path.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return ModelIdentity(folder.absolute().name, None, digest.hexdigest(), architecture, width)
 
 
 def load_model(
@@ -127,6 +80,7 @@ def load_model(
             model, revision=revision, trust_remote_code=False, **options
         )
     except Exception as exc:
+        refuse_unreachable(model, revision, exc)
         raise ModelError(
             f"cannot load {model} ({quantization}, {dtype}, {place}, attention {attention}): {first_line(exc)}"
         ) from exc

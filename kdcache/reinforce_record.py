@@ -30,7 +30,8 @@ def is_reinforcement(path: Path) -> bool:
 
 
 def load_reinforced(path: Path) -> dict[str, Any]:
-    """The record of a finished reinforcement. The base of its student is where it is now, if that lies in the same directory.
+    """The record of a finished reinforcement. Where the base of its student is gone from its place, but a folder lies as it lay
+    beside this directory, both have been moved.
 
     Raises:
         TrainingError: it has not finished, or the directory holds a training as well.
@@ -55,9 +56,11 @@ def load_reinforced(path: Path) -> dict[str, Any]:
         raise BrokenRunError(
             f"{file} is not the record of a reinforcement; start over by kdcache reinforce --overwrite"
         )
-    student: dict[str, Any] = values["student"]
-    if values.get("base_inside") is True:
-        values["student"] = {**student, "model": str(path / REFERENCE_FOLDER)}
+    student, beside = values["student"], values.get("base_beside")
+    moved = (path / beside).resolve() if isinstance(beside, str) else None
+    if moved is not None and moved.is_dir() and not Path(student["model"]).is_dir():
+        # That it is the same is found by its hash.
+        values["student"] = {**student, "model": str(moved)}
     return dict(values)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from kdcache.cache.mixture import Mixture
 from kdcache.cache.reader import Cache
 from kdcache.errors import CacheError
-from kdcache.models import identify
+from kdcache.model_identity import identify
 
 
 def refuse_other_teacher(cache: Cache, name: str, way_out: str) -> None:

@@ -39,7 +39,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as exc:
-        refuse_unreachable(model, exc)
+        refuse_unreachable(model, revision, exc)
         # Anything from OSError to KeyError, depending on which file is missing or broken.
         raise TokenizerError(f"{model} has no usable tokenizer: {first_line(exc)}") from exc
     if len(tokenizer.get_vocab()) < 2:

@@ -1,6 +1,6 @@
 """Runs the dry runs of recipes in one process, whose environment names the Hub: ``published_dry_runs.py FOLDER < JSON > JSON``.
 
-In: recipe file -> further keys of its small cache. Out: recipe file -> [command, exit code, what it printed] of every command.
+In: recipe file -> further keys of its small cache. Out: recipe file -> [command, exit code, what it printed] of every command, and the teacher's commit in the cache's plan.
 """
 
 import json
@@ -25,7 +25,14 @@ def dry_runs(recipe, keys, folder):
     before = run("teacher-cache", recipe, "--dry-run")
     if "tasks" in Path(recipe).parts:  # which train as the reference does
         return [before]
-    return [before, run("teacher-cache", recipe, cache, *keys), run("train-student", recipe, "--dry-run", cache, *keys)]
+    made = run("teacher-cache", recipe, cache, *keys)
+    plan = json.loads((folder / Path(recipe).stem / "plan.json").read_text())
+    return [
+        before,
+        made,
+        ["commit", 0, plan["teacher"]["revision"]],
+        run("train-student", recipe, "--dry-run", cache, *keys),
+    ]
 
 
 if __name__ == "__main__":

@@ -45,11 +45,13 @@ def found(models, tmp_path_factory):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         assert hub.unknown == []
-    return json.loads(done.stdout)
+    commits = {name.removeprefix("models/"): r.commits[-1][0] for name, r in hub.repositories.items()}
+    return json.loads(done.stdout), commits
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_published_recipe_passes_its_dry_runs(found, recipe):
+    found, _ = found
     for command, code, said in found[recipe]:
         assert code == 0, f"{command}: {said[-2000:]}"
     if "chains" in recipe:
@@ -61,8 +63,18 @@ def test_a_published_recipe_passes_its_dry_runs(found, recipe):
 
 
 def test_a_student_is_made_from_the_published_layers(found):
+    found, _ = found
     said = found["recipes/llama-3.2-1b-fineweb.yaml"][-1][2]
     assert "layers 0, 2, 4, 6, 8, 10, 12, 15 of the 16 of Llama-3.2-1B" in said
     assert "student     LlamaForCausalLM of 8 layers" in said
     said = found["recipes/llama-3.1-8b-gsm8k-self.yaml"][-1][2]
     assert "nf4" in said.lower()
+
+
+def test_a_cache_names_the_commit_of_its_teacher(found):
+    found, commits = found
+    for recipe, name in (
+        ("recipes/llama-3.2-1b-fineweb.yaml", "meta-llama/Llama-3.2-1B"),
+        ("recipes/qwen2.5-3b-to-0.5b.yaml", "Qwen/Qwen2.5-3B-Instruct"),
+    ):
+        assert found[recipe][2] == ["commit", 0, commits[name]]

@@ -16,7 +16,7 @@ from kdcache.cache.store import open_cache
 from kdcache.chain.board import StageState
 from kdcache.chain.stages import Stage
 from kdcache.errors import CacheError, IncompleteCacheError, KdcacheError, ModelError, RecipeError, TrainingError
-from kdcache.models import identify
+from kdcache.model_identity import identify
 from kdcache.progress import Silent
 from kdcache.recipe import Recipe
 from kdcache.recipe_student import StudentSection

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcache.errors import ModelError
-from kdcache.models import identify, refuse_missing_folder
+from kdcache.model_identity import identify
+from kdcache.models import refuse_missing_folder
 from kdcache.recipe_student import StudentSection
 from kdcache.reinforce_record import is_reinforcement, load_reinforced
 from kdcache.run_record import read_json

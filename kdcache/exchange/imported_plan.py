@@ -17,7 +17,8 @@ from kdcache.cache.strict_json import canonical_sha256
 from kdcache.errors import CacheError
 from kdcache.exchange.plain import PlainSequence
 from kdcache.exchange.settle import Tally
-from kdcache.models import effective_dtype, identify
+from kdcache.model_identity import identify
+from kdcache.models import effective_dtype
 
 _UNKNOWN = "unknown"
 

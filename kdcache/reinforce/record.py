@@ -51,7 +51,9 @@ class ReinforceRecord:
         """Whether a directory is that of a reinforcement, finished or not."""
         return is_reinforcement(path)
 
-    def prepare(self, recipe: ReinforceRecipe, digest: str, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    def prepare(
+        self, recipe: ReinforceRecipe, digest: str, base: str, *, resume: bool, overwrite: bool
+    ) -> dict[str, Any] | None:
         """Refuse what must not be touched; nothing is changed. Returns the record when ``resume`` meets the finished run.
 
         Raises:
@@ -67,10 +69,10 @@ class ReinforceRecord:
         if not worked or overwrite:
             return None
         refuse_without_resume(self.path, resume=resume)
-        refuse_other_settings(self.path, read_json(self._started), _identity(recipe, digest), _FREE)
+        refuse_other_settings(self.path, read_json(self._started), _identity(recipe, digest, base), _FREE)
         return load_reinforced(self.path) if self._record.exists() else None
 
-    def begin(self, recipe: ReinforceRecipe, digest: str, *, anew: bool) -> None:
+    def begin(self, recipe: ReinforceRecipe, digest: str, base: str, *, anew: bool) -> None:
         """Make the directory, hold it against other processes, and forget an earlier run where ``anew`` says so.
 
         Raises:
@@ -86,7 +88,7 @@ class ReinforceRecord:
                     (self.path / name).unlink(missing_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the run directory {self.path}: {exc.strerror}") from exc
-        write_file(self._started, json.dumps(_identity(recipe, digest), indent=1).encode() + b"\n")
+        write_file(self._started, json.dumps(_identity(recipe, digest, base), indent=1).encode() + b"\n")
 
     def release(self) -> None:
         """Others may train in the directory again."""
@@ -99,5 +101,5 @@ class ReinforceRecord:
         return values
 
 
-def _identity(recipe: ReinforceRecipe, digest: str) -> dict[str, Any]:
-    return {**flat_keys(recipe.model_dump(mode="json")), "run digest": digest}
+def _identity(recipe: ReinforceRecipe, digest: str, base: str) -> dict[str, Any]:
+    return {**flat_keys(recipe.model_dump(mode="json")), "run digest": digest, "base": base}

@@ -20,7 +20,7 @@ import transformers
 from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.errors import RecipeError
-from kdcache.models import identify
+from kdcache.model_identity import ModelIdentity, identify
 from kdcache.progress import Progress, Silent
 from kdcache.recipe_reinforce import ReinforceRecipe
 from kdcache.reinforce.answers import COLUMNS, NOTE, answer_rows, held_out
@@ -84,7 +84,9 @@ def reinforce(
     progress, started = progress or Silent(), time.monotonic()
     start = check_reinforce(run, recipe)
     home = ReinforceRecord(Path(recipe.output))
-    finished = home.prepare(recipe, start.digest, resume=resume, overwrite=overwrite)
+    # Before anything is learnt on it; where it lies it may be replaced meanwhile.
+    base = identify(start.student.model, start.student.revision)
+    finished = home.prepare(recipe, start.digest, base.fingerprint, resume=resume, overwrite=overwrite)
     if finished is not None:
         progress.message(f"{home.path} holds this run, finished")
         return finished
@@ -102,7 +104,7 @@ def reinforce(
             if test:
                 results[name] = held_out(recipe, model, tokenizer, test, date=start.date, what=name, progress=progress)
 
-        home.begin(recipe, start.digest, anew=not going_on)
+        home.begin(recipe, start.digest, base.fingerprint, anew=not going_on)
         model: Any = load_policy(start, recipe.lora)
         answers(BEFORE)
         reference = start
@@ -126,7 +128,7 @@ def reinforce(
             "kdcache": __version__,
             "run": str(run),
             "run_digest": start.digest,
-            **_student(reference, recipe, home),
+            **_student(reference, base, recipe, home),
             "distilled": start.distilled,
             "date": start.date,
             "recipe": recipe.model_dump(mode="json"),
@@ -200,17 +202,21 @@ def write_page(path: Path, results: dict[str, dict[str, float]]) -> None:
     write_file(path, f"{table(COLUMNS, answer_rows(results))}\n{NOTE} {INTERVAL_NOTE}\n".encode())
 
 
-def _student(start: Start, recipe: ReinforceRecipe, home: ReinforceRecord) -> dict[str, Any]:
+def _student(start: Start, base: ModelIdentity, recipe: ReinforceRecipe, home: ReinforceRecord) -> dict[str, Any]:
     """The student's section under which the saved adapter is loaded, its base and the adapter's shape; and what that base is. It
     often lies in another run, which may be trained again."""
     student, lora = start.student, recipe.lora if start.adapter is None else start.student.lora
-    fingerprint = identify(student.model, student.revision).fingerprint
+    inside = student.model == str(home.reference)
+    if inside:
+        base = identify(student.model)
     # Read from another working directory it is to be the same folder, and not an id on the Hub.
-    place = str(Path(student.model).resolve()) if Path(student.model).is_dir() else student.model
+    folder = Path(student.model).resolve() if Path(student.model).is_dir() else None
+    place = student.model if folder is None else str(folder)
+    known = {"model": place, "revision": base.revision, "lora": lora}
     return {
-        "student": student.model_copy(update={"model": place, "lora": lora}).model_dump(mode="json"),
-        "base_fingerprint": fingerprint,
-        "base_inside": student.model == str(home.reference),
+        "student": student.model_copy(update=known).model_dump(mode="json"),
+        "base_fingerprint": base.fingerprint,
+        "base_beside": None if folder is None else os.path.relpath(folder, home.path.resolve()),
     }
 
 

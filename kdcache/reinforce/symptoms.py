@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 _SAME = 0.9  # of the questions' groups: what is left teaches next to nothing
-_FELL = 0.05  # of the held-out answers
+_FELL = 2.0  # standard errors of a difference: less is chance
 
 
 def symptoms(
@@ -21,13 +22,22 @@ def symptoms(
     found = []
     shares = [row["same_reward"] for row in log if "same_reward" in row]
     if shares and (same := sum(shares) / len(shares)) >= _SAME:
+        right = [row["reward_correct"] for row in log if "reward_correct" in row]
+        easy = bool(right) and sum(right) / len(right) > 0.5
+        way = "make the questions harder" if easy else "make the questions easier, or give a cold_start more steps"
         found.append(
-            f"for {same:.0%} of the questions all completions got the same reward, from which nothing is learnt: make the questions easier, "
-            "give a cold_start more steps, or raise training.temperature or training.num_generations"
+            f"for {same:.0%} of the questions all completions got the same reward, from which nothing is learnt: {way}; or raise "
+            "training.temperature or training.num_generations"
         )
-    if before is not None and after is not None and after["right"] < before["right"] - _FELL:
+    if before is not None and after is not None and before["right"] - after["right"] > _FELL * _error(before, after):
         found.append(
             f"right answers to held-out questions fell from {before['right']:.1%} to {after['right']:.1%}: what was learnt is the questions "
             "and not how to answer; give more questions, fewer training.steps or a larger training.beta"
         )
     return found
+
+
+def _error(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Standard error of the difference of two shares of right answers, over as many questions each."""
+    share = (before["right"] + after["right"]) / 2
+    return math.sqrt(2 * share * (1 - share) / max(1.0, before["questions"]))

@@ -186,8 +186,6 @@ def train_to_end(trainer: Any, checkpoint: Path | None, progress: Progress) -> N
                 f"out of memory with training.batch_size {trainer.args.per_device_train_batch_size} completions per forward pass; "
                 "lower it, training.prompts or training.max_completion_length, and go on by --resume"
             ) from exc
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt
 
 
 class _Told(ProgressCallback):

@@ -39,8 +39,6 @@ def train_to_end(trainer: DistillationTrainer, checkpoint: Path | None, progress
     with stop_on_request(progress) as stop:
         trainer.add_callback(stop)
         _to_end(trainer, checkpoint, progress)
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt
 
 
 def _to_end(trainer: DistillationTrainer, checkpoint: Path | None, progress: Progress) -> None:

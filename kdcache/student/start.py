@@ -20,7 +20,7 @@ from typing import Any
 from kdcache.cache.files import flush, sync_directory, write_file
 from kdcache.cache.strict_json import canonical_sha256
 from kdcache.errors import ModelError, StorageError
-from kdcache.models import identify
+from kdcache.model_identity import identify
 from kdcache.recipe_student import StudentSection
 from kdcache.student.initial import describe_init, is_made, made_config, make_student, read_source
 

@@ -42,7 +42,7 @@ def symptoms(
             f"the student is worse on the validation split than before (perplexity {before.perplexity:.3f}, now "
             f"{after.perplexity:.3f}): train longer, or lower training.learning_rate"
         )
-    elif distils and after.kl > before.kl * (1 + _WORSE):
+    elif distils and after.kl > before.kl * (1 + _WORSE) and (not labelled or after.loss <= before.loss):
         found.append(
             f"the student's loss fell while its KL to the teacher rose, {before.kl:.4f} to {after.kl:.4f}: it "
             "learns the labels and leaves the teacher; raise loss.kd_weight against loss.ce_weight"

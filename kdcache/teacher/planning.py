@@ -21,7 +21,8 @@ from kdcache.cache.remote import is_url
 from kdcache.cache.selection import SelectionPlan
 from kdcache.data.tokens import TokenRow, TokenRows, template_sha256
 from kdcache.errors import DataError, RecipeError
-from kdcache.models import ModelIdentity, effective_dtype, identify
+from kdcache.model_identity import ModelIdentity, identify
+from kdcache.models import effective_dtype
 from kdcache.progress import Progress
 from kdcache.teacher.splits import SPLITS, SplitRows, read_split
 from kdcache.token_maps import TokenMap, load_tokenizer, token_map

@@ -371,6 +371,33 @@ def test_a_reinforcement_is_of_the_base_that_it_was_trained_on(runs, wanted, tmp
         open_start(out)
 
 
+def test_a_base_that_was_replaced_while_it_was_trained_on_is_noticed(runs, wanted, tmp_path, monkeypatch):
+    copied = tmp_path / "full"
+    shutil.copytree(runs["full"], copied)
+
+    def replaced(*arguments):
+        weights = next((copied / "model").glob("*.safetensors"))
+        tensors = safetensors.torch.load_file(weights)
+        safetensors.torch.save_file({k: v * 1.3 for k, v in tensors.items()}, weights, {"format": "pt"})
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdcache.reinforce.run.write_plot", replaced)
+        reinforce(copied, recipe(wanted))
+    with pytest.raises(ModelError, match="holds another model by now"):
+        open_start(tmp_path / "out")
+    with pytest.raises(TrainingError, match="base was"):
+        reinforce(copied, recipe(wanted), resume=True)
+
+
+def test_a_project_is_moved_as_a_whole(runs, wanted, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copytree(runs["full"], tmp_path / "a/full")
+    reinforce(tmp_path / "a/full", recipe(wanted, output=str(tmp_path / "a/out")))
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert open_start(tmp_path / "b/out").student.model == str(tmp_path / "b/full/model")
+
+
 def test_the_base_that_the_cold_start_made_moves_with_the_directory(runs, wanted, tmp_path, shared_cache):
     reinforce(runs["full"], recipe(wanted, cold_start={"steps": 1, "examples": 4}))
     shutil.move(tmp_path / "out", tmp_path / "moved")
@@ -439,11 +466,16 @@ def test_several_seeds_are_compared(runs, wanted, tmp_path):
 
 def test_what_is_wrong_with_a_reinforcement_is_told():
     log = [{"step": i, "reward": 0.0, "same_reward": 1.0} for i in range(9)]
-    [told] = symptoms([*log, {"step": 9, "same_reward": 0.5}], {"right": 0.5}, {"right": 0.47})
+    few, many = {"questions": 50.0}, {"questions": 500.0}
+    [told] = symptoms([*log, {"step": 9, "same_reward": 0.5}], {"right": 0.5} | few, {"right": 0.4} | few)
     assert told.startswith("for 95% of the questions all completions got the same reward")
-    [told] = symptoms([{"same_reward": 0.5}], {"right": 0.5}, {"right": 0.4})
+    assert "make the questions easier" in told
+    [told] = symptoms([row | {"reward_correct": 1.0} for row in log], None, None)
+    assert "make the questions harder" in told
+    # Ten points are chance among fifty questions, and none among five hundred.
+    [told] = symptoms([{"same_reward": 0.5}], {"right": 0.5} | many, {"right": 0.4} | many)
     assert "fell from 50.0% to 40.0%" in told
-    assert symptoms([], None, None) == symptoms([{"step": 1}], {"right": 0.0}, None) == []
+    assert symptoms([], None, None) == symptoms([{"step": 1}], {"right": 0.0} | few, None) == []
 
 
 def test_means_over_seeds():

@@ -17,6 +17,7 @@ from kdcache.recipe import parse_recipe
 from kdcache.student import assembly
 from kdcache.student.distill import distill
 from kdcache.student.log import read_log
+from kdcache.student.stopping import stop_on_request
 from tests.told import Told
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,6 +109,44 @@ def test_ctrl_c_ends_the_step_and_loses_nothing(training, monkeypatch, number):
     assert "going on from checkpoint-5" in told.messages
     assert (parts.output / ADAPTER).read_bytes() == (whole.output / ADAPTER).read_bytes()
     assert parts.scores == whole.scores
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("step", [7, 21])
+def test_ctrl_c_keeps_the_checkpoint_that_it_made_and_is_never_swallowed(training, monkeypatch, step):
+    """One checkpoint at a time, the best kept as well; and in the last step, behind which nothing is left to be saved."""
+    training["training"] |= {"save_steps": 2, "eval_steps": 2, "keep_best": True, "keep_checkpoints": 1}
+
+    class Asker(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    class AskedTrainer(assembly.DistillationTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.add_callback(Asker())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "DistillationTrainer", AskedTrainer)
+        with pytest.raises(KeyboardInterrupt):
+            distill(parse_recipe(training))
+    assert distill(parse_recipe(training), resume=True).values["resumed_at"] == step + 1
+
+
+def test_handlers_of_others_are_left_alone():
+    def own(number, frame):
+        """A worker's."""
+
+    before = signal.signal(signal.SIGTERM, own), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_request(Told()) as stop:
+            assert signal.getsignal(signal.SIGTERM) is own
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
 
 
 def test_a_run_without_a_checkpoint_begins_again_and_says_so(training, monkeypatch):
