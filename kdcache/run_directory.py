@@ -1,4 +1,4 @@
-"""What directories of trainings have in common: one process at a time, and what may be gone on with."""
+"""What directories of trainings, sweeps and chains have in common: one process at a time, and what may be gone on with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ LOCK = ".lock"
 
 
 class DirectoryLock:
-    """Holds a directory for this process: two trainings would write into each other."""
+    """Holds a directory for this process: two trainings would write into each other.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: the directory.
+        work: what another process that holds it is doing there.
+    """
+
+    def __init__(self, path: Path, work: str = "training") -> None:
+        self._path, self._work = path, work
         self._file: TextIO | None = None
 
     def hold(self) -> None:
@@ -32,14 +37,14 @@ class DirectoryLock:
             self._path.mkdir(parents=True, exist_ok=True)
             self._file = (self._path / LOCK).open("a")
         except OSError as exc:
-            raise StorageError(f"cannot make the run directory {self._path}: {exc.strerror}") from exc
+            raise StorageError(f"cannot make the directory {self._path}: {exc.strerror}") from exc
         try:
             # Of this process alone: workers that outlive it for some seconds should not hold up who goes on.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as exc:
             self.release()
             raise TrainingError(
-                f"another process is training in {self._path}; wait for it, stop it (its workers too), or give the recipe key "
+                f"another process is {self._work} in {self._path}; wait for it, stop it (its workers too), or give the recipe key "
                 "output another directory"
             ) from exc
 

@@ -6,7 +6,6 @@ The directory holds chain.json and, for every stage, ``STAGE/run``, ``STAGE/cach
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.chain.stages import Stage
 from kdcache.chain_record import CHAIN_FILE, CHAIN_FORMAT, PARTS, read_chain
-from kdcache.errors import StorageError, TrainingError
+from kdcache.errors import TrainingError
 from kdcache.recipe import Recipe
+from kdcache.run_directory import LOCK, DirectoryLock
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
-_LOCK = ".lock"
 
 
 @dataclass
@@ -124,21 +123,12 @@ def held(recipe: Recipe) -> Iterator[None]:
         StorageError: it cannot be made.
     """
     refuse_occupied(recipe)
-    path = Path(recipe.output)
+    lock = DirectoryLock(Path(recipe.output), "at work on the chain")
+    lock.hold()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("a")
-    except OSError as exc:
-        raise StorageError(f"cannot make the chain's directory {path}: {exc.strerror}") from exc
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as exc:
-            raise TrainingError(
-                f"another process is at work on the chain in {path}; wait for it, stop it, or give the recipe key output another "
-                "directory"
-            ) from exc
         yield
+    finally:
+        lock.release()
 
 
 def refuse_occupied(recipe: Recipe) -> None:
@@ -149,7 +139,7 @@ def refuse_occupied(recipe: Recipe) -> None:
     """
     path, cache = Path(recipe.output), Path(recipe.cache.directory).absolute()
     ours = (
-        {_LOCK, *(part for part in path.iterdir() if cache.is_relative_to(part.absolute()))} if path.is_dir() else set()
+        {LOCK, *(part for part in path.iterdir() if cache.is_relative_to(part.absolute()))} if path.is_dir() else set()
     )
     found = sorted(p.name for p in path.iterdir() if not {p, p.name} & ours) if path.is_dir() else []
     if found and not (path / CHAIN_FILE).exists():

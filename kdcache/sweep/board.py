@@ -5,26 +5,25 @@ The directory of a sweep holds sweep.json, leaderboard.md and a run directory fo
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from kdcache import __version__
 from kdcache.cache.files import write_file
 from kdcache.errors import StorageError, TrainingError
 from kdcache.recipe import Recipe
+from kdcache.run_directory import LOCK, DirectoryLock
 from kdcache.sweep.rows import Row, base_values, factors
 from kdcache.sweep_record import SWEEP_FILE, SWEEP_FORMAT, read_sweep
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
-_LOCK = ".lock"
 _PERPLEXITY = re.compile(r"perplexity ([0-9.]+[0-9])")
-_OURS = {SWEEP_FILE, _LOCK, "leaderboard.md", "search.log", "errors.log"}
+_OURS = {SWEEP_FILE, LOCK, "leaderboard.md", "search.log", "errors.log"}
 
 
 @dataclass
@@ -163,33 +162,20 @@ class SweepDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: TextIO | None = None
+        self._lock = DirectoryLock(path, "at work on the sweep")
 
     def __enter__(self) -> SweepDirectory:
-        found = sorted(p.name for p in self.path.iterdir() if p.name != _LOCK) if self.path.is_dir() else []
+        found = sorted(p.name for p in self.path.iterdir() if p.name != LOCK) if self.path.is_dir() else []
         if found and not (self.path / SWEEP_FILE).exists():
             raise TrainingError(
                 f"{self.path} holds something that is no sweep ({', '.join(found[:4])}); give the recipe key output another "
                 "directory"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / _LOCK).open("a")
-        except OSError as exc:
-            raise StorageError(f"cannot make the sweep's directory {self.path}: {exc.strerror}") from exc
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as exc:
-            self._lock.close()
-            raise TrainingError(
-                f"another process is at work on the sweep in {self.path}; wait for it, stop it, or give the recipe key output "
-                "another directory"
-            ) from exc
+        self._lock.hold()
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._lock is not None
-        self._lock.close()
+        self._lock.release()
 
     def earlier(self) -> Earlier:
         """What sweep.json says, nothing where there is none.
@@ -206,7 +192,7 @@ class SweepDirectory:
                 # Only what is a run, or the beginning of one.
                 if (self.path / name / "started.json").exists():
                     shutil.rmtree(self.path / name)
-            for name in _OURS - {_LOCK}:
+            for name in _OURS - {LOCK}:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot remove the earlier sweep in {self.path}: {exc.strerror}") from exc
