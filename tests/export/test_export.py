@@ -20,7 +20,7 @@ from kdcache.errors import CacheError, ModelError, StorageError, TrainingError, 
 from kdcache.evaluate.saved_run import Students, open_saved_run
 from kdcache.export import forms, run
 from kdcache.export.card import licence_of
-from kdcache.export.formats import FORMS, chosen_forms
+from kdcache.export.formats import FORMS, chosen_forms, refuse_unpublished_base
 from kdcache.export.publish import publish
 from kdcache.export.run import export
 from kdcache.models import load_model
@@ -265,7 +265,7 @@ def test_students_without_a_base_to_name_have_no_adapter_to_export(full_run, tmp
         export(full_run, tmp_path / "out", ["adapter"])
     made = StudentSection(model="base", init={"method": "drop_layers", "every": 2})
     with pytest.raises(ModelError, match=r"made by student\.init"):
-        chosen_forms(["adapter"], tmp_path, made)
+        refuse_unpublished_base(chosen_forms(["adapter"], tmp_path, made), tmp_path, made)
     with pytest.raises(ModelError, match="expected --base-model USER/NAME"):
         export(full_run, tmp_path / "out", ["merged"], base_model="no id")
 
