@@ -2,12 +2,13 @@
 
     python benchmarks/fidelity.py --data DIR/alpaca/train.jsonl.gz --teacher DIR --student DIR [--jobs 2] [--only bytes]
 
-Three tables and two plots, into --output; figures that are there already are kept, so a stopped run goes on.
+Four tables and two plots, into --output; figures that are there already are kept, so a stopped run goes on.
 
 - bytes: selections and codecs, bytes per position by part and one-step gradient error, on the teacher's own logits and on
   synthetic ones over 151,936 tokens; the naive layout (half-precision logits and 32-bit ids) beside them, raw and zstd-3.
 - training: held-out KL to the full teacher after training every weight with KD alone, at equal bytes, against live
   full-vocabulary KD (the teacher's whole distributions in half precision, relative to the largest logit).
+- copy: the teacher's own 4-bit copy taught by its cache, a student that is nearly its teacher.
 - seeds: perplexity with the reference loss (1/2 and 1/2) and LoRA, several seeds, beside full-vocabulary KD and CE alone.
 """
 
@@ -26,6 +27,7 @@ from fidelity_training import (
     BUDGETS,
     EPOCHS,
     LEARNING_RATE,
+    PLAIN,
     SPLITS,
     TEMPERATURES,
     Dense,
@@ -48,6 +50,7 @@ from kdcache.teacher.select import Selection
 # How each row of the training tables is called: kind -> a mark in the plots.
 MARKS = {
     "sampling": "o",
+    PLAIN: ".",
     "sampling, one T": "s",
     "threshold": "^",
     "top-k": "v",
@@ -140,6 +143,17 @@ def training_table(results: list[dict[str, Any]]) -> None:
             print(f"| {t:g} | {kind} | {' | '.join(cells)} | {other} |")
 
 
+def copy_table(results: list[dict[str, Any]]) -> None:
+    """Held-out KL of the 4-bit copy, and how much more of it is left than full-vocabulary KD leaves."""
+    print("\n| T | target | bytes | held-out KL | against full |\n|---:|---|---:|---:|---:|")
+    for t in TEMPERATURES:
+        own = [r for r in results if r["temperature"] == t]
+        full = next(r["kl_t"] for r in own if r["kind"] == "full")
+        for r in sorted(own, key=lambda r: -r["kl_t"]):
+            size = f"{r['bytes']:.0f}" if r["bytes"] else ""
+            print(f"| {t:g} | {r['kind']} | {size} | {r['kl_t']:.6f} | {r['kl_t'] / full - 1:+.1%} |")
+
+
 def seeds_table(results: list[dict[str, Any]]) -> None:
     """Perplexity over seeds, each against full-vocabulary KD with the same seed."""
     full = {(r["temperature"], r["seed"]): r["perplexity"] for r in results if r["kind"] == "full"}
@@ -200,7 +214,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="teacher folder")
     parser.add_argument("--student", required=True, help="student folder")
     parser.add_argument("--output", type=Path, default=Path("runs/fidelity-benchmark"))
-    parser.add_argument("--only", choices=("bytes", "training", "seeds"), help="one part")
+    parser.add_argument("--only", choices=("bytes", "training", "copy", "seeds"), help="one part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="students trained at the same time, one thread each")
     args = parser.parse_args()
@@ -217,6 +231,8 @@ def main() -> None:
         results = run_all(args, "training")
         training_table(results)
         plot(results, args.output / "training.png", "kl_t", "held-out KL against full-vocabulary KD, %")
+    if args.only in (None, "copy"):
+        copy_table(run_all(args, "copy"))
     if args.only in (None, "seeds"):
         results = run_all(args, "seeds")
         seeds_table(results)

@@ -40,6 +40,9 @@ SPLITS = ("train", "validation")
 DIGEST = "00" * 32
 SHARD_SEQUENCES = 400
 BATCH, EPOCHS, LEARNING_RATE, CLIP = 16, 1, 2e-3, 0.5
+# The part in which the teacher's own 4-bit copy is taught: every so manieth sequence, at the reference's learning rate.
+COPY_EVERY, COPY_LEARNING_RATE = 6, 2e-4
+PLAIN = "sampling, no control variate"
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def read_dense(folder: Path, name: str) -> Dense:
 # A size to tune -> a selection; thresholds are one over the size.
 SETTINGS: dict[str, Callable[[float, float], Selection]] = {
     "sampling": lambda t, n: Selection("threshold_sampling", TEMPERATURES, floors=(1 / n, 1 / n)),
+    PLAIN: lambda t, n: SETTINGS["sampling"](t, n),
     "sampling, one T": lambda t, n: Selection("threshold_sampling", (t,), floors=(1 / n,), tail_logits=False),
     "threshold": lambda t, n: Selection("threshold", TEMPERATURES, k=4096, floors=(1 / n, 1 / n)),
     "top-k": lambda t, n: Selection("top_k", TEMPERATURES, k=max(1, int(n))),
@@ -177,23 +181,26 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     folder, t = Path(spec["folder"]), float(spec["temperature"])
+    copy = spec["part"] == "copy"
     data, held_out = (read_dense(folder, name) for name in SPLITS)
+    if copy:
+        data, held_out = data.every(COPY_EVERY), held_out.every(COPY_EVERY)
     starts, size, rows = data.starts, 0.0, None
     kind, ce_weight = spec["kind"], spec["ce_weight"]
-    if kind not in ("full", "CE alone"):
+    if kind not in ("full", "CE alone", "untrained"):
         selection = (
             Selection("top_k", TEMPERATURES, k=spec["k"])
             if "k" in spec
-            else tuned(kind, t, spec["budget"], data.every(37))
+            else tuned(kind, t, spec["budget"], data.every(7 if copy else 37))
         )
         rows, size = read_back(data, selection)
-    model = load_model(spec["student"], quantization="none", dtype="float32", device="cpu")
+    model = load_model(spec["student"], quantization="nf4" if copy else "none", dtype="float32", device="cpu")
     if spec["lora"]:
-        model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=False)
+        model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=copy)
     else:
         model.requires_grad_(True)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=COPY_LEARNING_RATE if copy else LEARNING_RATE, weight_decay=0.0)
     steps = EPOCHS * math.ceil(len(data.rows) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     collate = Collator(0, t, "renormalised" if "renormalised" in kind else "auto")
@@ -225,7 +232,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         return ce, kl, len(labels)
 
     model.train()
-    for epoch in range(EPOCHS):
+    for epoch in range(EPOCHS if kind != "untrained" else 0):
         for chosen in batches(len(data.rows), spec["seed"], epoch):
             if rows is None:
                 ce, kl, count = dense_sums(data, chosen, t)
@@ -264,23 +271,27 @@ def _no_rows(vocabulary: int) -> SparseRows:
 def specs(part: str, seeds: int) -> list[dict[str, Any]]:
     """Every run of a part."""
     found: list[dict[str, Any]] = []
-    for seed in range(1 if part == "training" else seeds):
+    alone = part != "seeds"
+    for seed in range(seeds if part == "seeds" else 1):
         for t in TEMPERATURES:
-            training = part == "training"
             base = {
                 "part": part,
                 "temperature": t,
                 "seed": seed,
-                "ce_weight": 0.0 if training else 0.5,
-                "lora": not training,
+                "ce_weight": 0.0 if alone else 0.5,
+                "lora": part != "training",
             }
-            found += [{**base, "kind": "full"}, {**base, "kind": "top-k", "k": 64}]
-            found += [{**base, "kind": "top-k, renormalised", "k": 64}]
-            if training:
-                for kind in ("sampling", "sampling, one T", "threshold", "top-k", "RS-KD"):
+            found.append({**base, "kind": "full"})
+            if part == "copy":
+                found.append({**base, "kind": "untrained"})
+                found += [{**base, "kind": kind, "budget": b} for kind in ("sampling", PLAIN) for b in (24, 64)]
+                continue
+            found += [{**base, "kind": kind, "k": 64} for kind in ("top-k", "top-k, renormalised")]
+            if part == "training":
+                for kind in ("sampling", PLAIN, "sampling, one T", "threshold", "top-k", "RS-KD"):
                     found += [{**base, "kind": kind, "budget": budget} for budget in BUDGETS[:-1]]
             else:
-                found += [{**base, "kind": kind, "budget": 64} for kind in ("sampling", "RS-KD")]
+                found += [{**base, "kind": kind, "budget": 64} for kind in ("sampling", PLAIN, "RS-KD")]
                 if t == TEMPERATURES[0]:
                     found += [{**base, "kind": "CE alone", "ce_weight": 1.0}]
     return found
@@ -295,7 +306,9 @@ def run_all(args: argparse.Namespace, part: str) -> list[dict[str, Any]]:
         return all(result.get(k) == v for k, v in spec.items()) and ("k" in result) == ("k" in spec)
 
     todo = [s for s in specs(part, args.seeds) if not any(same(s, r) for r in done)]
-    todo = [{**s, "folder": str(args.output), "student": args.student} for s in todo]
+    todo = [
+        {**s, "folder": str(args.output), "student": args.teacher if part == "copy" else args.student} for s in todo
+    ]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for number, result in enumerate(pool.map(train, todo), start=1):
             with path.open("a") as f:

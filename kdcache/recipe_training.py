@@ -73,8 +73,9 @@ class LossSection(Section):
     )
     control_variate: bool = Field(
         True,
-        description="Less noise in the gradient of drawn entries: the student's own distribution, by the share 1 - 1 / T, stands in "
-        "for what was not drawn, and the draws correct it. For threshold_sampling with tail logits and one teacher.",
+        description="Less noise in the gradient of drawn entries: the student's own distribution stands in for what was "
+        "not drawn, as far as it is right elsewhere in the batch, and the draws correct it. For threshold_sampling with tail "
+        "logits and one teacher.",
     )
 
     hidden_weight: float = Field(

@@ -23,7 +23,7 @@ from kdcache.student.sparse_teacher import SparseTeacher
 @dataclass(frozen=True)
 class Settings:
     """What `distillation_loss` was asked for: ``width`` columns of the head, ``rows`` per chunk, ``gradient`` at all,
-    ``control`` as the share of `controlled`."""
+    ``control`` whether `controlled` is."""
 
     temperature: float
     ce_weight: float
@@ -33,7 +33,7 @@ class Settings:
     width: int
     rows: int
     gradient: bool
-    control: float = 0.0
+    control: bool = False
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -137,7 +137,7 @@ def _chunk(
     )
     outcome = divergence_of(settings.divergence, settings.beta)(bins)
     if settings.control and teacher.log_weights_NK is not None:
-        outcome = controlled(bins, outcome, settings.control)
+        outcome = controlled(bins, outcome)
     ce_C = log_z_1 - label_C
     # A row that says nothing of the teacher, not even of a rest, costs nothing whatever the divergence.
     silent_C = empty_C1.squeeze(1) & torch.isneginf(teacher.log_tail_N)

@@ -20,6 +20,9 @@ from typing import Literal
 import torch
 
 _SURE = 1e-4
+# Logarithm of how many entries one drawn entry may stand for; so improbable a draw is never made.
+_NEVER = 40.0
+_DOUBTED, _FEW = 0.2, 200
 Divergence = Literal["forward_kl", "soft_ce", "reverse_kl", "jsd"]
 
 
@@ -83,41 +86,67 @@ def soft_cross_entropy(bins: Bins) -> Outcome:
     return _linear(bins, torch.zeros_like(bins.log_p_CK), torch.zeros_like(bins.log_rho_C))
 
 
-def controlled(bins: Bins, outcome: Outcome, share: float) -> Outcome:
+def controlled(bins: Bins, outcome: Outcome) -> Outcome:
     """The gradient of a linear divergence on sampled entries with less noise; the value stays.
 
     With ``pi_v`` the probability that entry ``v`` is drawn, the sum over drawn entries estimates the teacher by ``p_v / pi_v``
-    and says nothing of the others. The student's own distribution ``m_v = share * rho * q_v / Q`` of the mass ``rho`` outside
+    and says nothing of the others. The student's own distribution ``m_v = c * rho * q_v / Q`` of the mass ``rho`` outside
     the head is a better guess than nothing, and the draws correct it::
 
         p_hat_v = m_v + [v drawn] (p_v - m_v) / pi_v                    outside the head
 
     Its expectation over the draws is ``p_v`` whatever ``m`` is, as long as that does not depend on them, and its variance
     ``(p_v - m_v)^2 (1 / pi_v - 1)`` instead of ``p_v^2 (1 / pi_v - 1)``: a difference estimator, or control variate (Cochran,
-    Sampling Techniques, ch. 7). ``m`` carries no gradient.
+    Sampling Techniques, ch. 7). ``m`` carries no gradient. How much of the guess is taken, ``c``, is estimated for each row
+    from the other rows (`_shares`).
 
     Args:
         bins: the kept entries are the head, whose weights are their probabilities, and entries drawn with probability
             ``p / weight``; no bucket for the rest.
         outcome: of `forward_kl` or `soft_cross_entropy`.
-        share: of the student's distribution that is taken; best near ``1 / E_p[(q / p)]`` over what lies outside, so far
-            below 1 where the two are far apart.
     """
     weights, held = bins.weights_CK, ~torch.isneginf(bins.log_p_CK)
     log_times_CK = torch.where(held, weights.log() - bins.log_p_CK, torch.zeros_like(weights))
     # Of the head only rounding is left; an entry that is drawn as good as always needs no guess.
     drawn = log_times_CK > _SURE
+    times_CK = torch.where(drawn, log_times_CK.clamp(max=_NEVER), 0.0).exp()
     rho_C = (held.any(dim=1).to(weights.dtype) - torch.where(drawn, 0.0, weights).sum(dim=1)).clamp(min=0.0)
     log_q_drawn = bins.log_q_CK.masked_fill(~drawn, -torch.inf)
     log_outside_C = torch.logaddexp(bins.log_sigma_C, torch.logsumexp(log_q_drawn, dim=1))
     # Where nothing lies outside the head there is nothing to be guessed.
     nothing = torch.isneginf(log_outside_C)
     rho_C, log_outside_C = rho_C.masked_fill(nothing, 0.0), log_outside_C.masked_fill(nothing, 0.0)
-    guess_CK = share * rho_C[:, None] * (log_q_drawn - log_outside_C[:, None]).exp()
-    weights = weights + guess_CK * (1.0 - log_times_CK.exp())
-    rest_C = share * rho_C * (bins.log_sigma_C - log_outside_C).exp()
+    guess_CK = rho_C[:, None] * (log_q_drawn - log_outside_C[:, None]).exp()
+    share_C = _shares(guess_CK, torch.where(drawn, weights / times_CK, 0.0), times_CK)
+    weights = weights + share_C[:, None] * guess_CK * (1.0 - times_CK)
+    rest_C = share_C * rho_C * (bins.log_sigma_C - log_outside_C).exp()
     total_C = weights.sum(dim=1) + rest_C
     return Outcome(outcome.value_C, total_C[:, None] * bins.log_q_CK.exp() - weights, total_C, -rest_C)
+
+
+def _shares(guess_CK: torch.Tensor, p_CK: torch.Tensor, times_CK: torch.Tensor) -> torch.Tensor:
+    """``[C]`` share of the guess that each row takes: what leaves the least noise in the *other* rows of the chunk.
+
+    The noise is least at ``c = sum p m w / sum m^2 w`` with ``w = 1 / pi - 1``, both sums over all that lies outside the
+    head, and estimated from the draws (each counts ``1 / pi`` times). A row's own draws are left out, or its target would
+    no longer be ``p`` on average. The ratio comes out too large, the more so the fewer the draws, for it is the rare ones
+    that say that a guess is bad: `_DOUBTED` of it is taken off (a guess that is right keeps its 1), and a chunk of `_FEW`
+    draws is believed by half.
+
+    Args:
+        guess_CK: ``m`` at a share of 1 on drawn entries, 0 elsewhere.
+        p_CK: the teacher on drawn entries.
+        times_CK: ``1 / pi``, 1 for entries that are not drawn.
+    """
+    # In double precision, for a row of large terms is taken away from the sum again.
+    counted_CK = (times_CK * (times_CK - 1.0) * guess_CK).double()
+    with_p_C, with_guess_C = (counted_CK * p_CK).sum(dim=1), (counted_CK * guess_CK).sum(dim=1)
+    with_p_C, with_guess_C = ((s.sum() - s).clamp(min=0.0) for s in (with_p_C, with_guess_C))
+    best_C = torch.where(with_guess_C > 0, with_p_C / with_guess_C, 0.0).clamp(max=1.0)
+    draws_C = (times_CK > 1.0).sum(dim=1)
+    draws_C = draws_C.sum() - draws_C
+    believed_C = ((best_C - _DOUBTED) / (1.0 - _DOUBTED)).clamp(min=0.0) * draws_C / (draws_C + _FEW)
+    return believed_C.to(guess_CK.dtype)
 
 
 def reverse_kl(bins: Bins) -> Outcome:

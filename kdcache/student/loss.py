@@ -86,8 +86,8 @@ def distillation_loss(
         vocab_size: columns that stand for tokens, the rest is padding of the head; all of them when None.
         chunk_rows: rows per chunk; by default as many as keep a chunk's float32 logits within 256 MiB.
         control_variate: where entries were drawn with probability ``p / weight``, take the student's own distribution as
-            a guess for what was not drawn (`divergence.controlled`), by the share ``1 - 1 / T``: the gradient's
-            expectation over the draws stays, its noise falls. The values stay as they are.
+            a guess for what was not drawn (`divergence.controlled`), by a share that the draws of the chunk's other rows
+            tell: the gradient's expectation over the draws stays, its noise falls. The values stay as they are.
 
     Returns:
         The weighted total (differentiable in hidden states, head and bias), CE and divergence per row.
@@ -115,9 +115,7 @@ def distillation_loss(
     rows = chunk_rows or max(1, CHUNK_BYTES // (4 * width))
     # Asked for here: inside the function gradients are always off.
     gradient = torch.is_grad_enabled()
-    # At T = 1 the student is too far from the teacher to be of use as a guess; the flatter, the closer they are.
-    control = max(0.0, 1.0 - 1.0 / temperature) if control_variate else 0.0
-    settings = Settings(temperature, ce_weight, kd_weight, divergence, beta, width, rows, gradient, control)
+    settings = Settings(temperature, ce_weight, kd_weight, divergence, beta, width, rows, gradient, control_variate)
     # Reductions and products stay in float32 whatever the caller's autocast says.
     with torch.autocast(hidden_ND.device.type, enabled=False):
         total, ce, spread = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
