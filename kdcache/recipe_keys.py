@@ -61,7 +61,7 @@ def explain(exc: ValidationError, model: type[BaseModel]) -> str:
         for e in exc.errors()
         if not (e["loc"][-1:] == ("float",) and isinstance(e["input"], dict)) and e["type"] != "model_type"
     ]
-    errors = sorted(meant or exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    errors = sorted(meant or exc.errors(), key=lambda e: e["type"] != "extra_forbidden" and e["loc"][-1:] != ("[key]",))
     error = errors[0]
     path = [str(p) for p in error["loc"]]
     # A number or a ramp: pydantic names which of the two it tried.
@@ -75,6 +75,12 @@ def explain(exc: ValidationError, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see recipes/README.md for every key"
         return f"unknown recipe key {key}{hint}{more}"
+    if path[-1:] == ["[key]"] and error["type"] == "literal_error":
+        key = key.removesuffix(".[key]")
+        above, wanted = ".".join(path[:-2]), str(error["ctx"]["expected"])
+        near = difflib.get_close_matches(path[-2], wanted.split("'")[1::2], n=1, cutoff=0.5)
+        hint = f"did you mean {above}.{near[0]}?" if near else f"{above} takes {wanted}"
+        return f"unknown recipe key {key}; {hint}{more}"
     if error["type"] == "missing":
         return f"the recipe lacks {key}{more}"
     if error["type"] == "value_error":

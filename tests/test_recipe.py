@@ -62,6 +62,14 @@ def test_overrides_are_yaml_and_reach_any_key():
     [
         ({"loss": {"temprature": 2}}, r"unknown recipe key loss\.temprature; did you mean loss\.temperature\?"),
         ({"lambda": 1}, "unknown recipe key lambda"),
+        (
+            {"data": {"columns": {"instuction": "a"}}},
+            r"unknown recipe key data\.columns\.instuction; did you mean data\.columns\.instruction\?",
+        ),
+        (
+            {"data": {"columns": {"x": "a"}}},
+            r"unknown recipe key data\.columns\.x; data\.columns takes 'instruction', 'input'",
+        ),
         ({"loss": {"temperature": -1}}, r"recipe key loss\.temperature should be above 0 and at most 100, found -1"),
         ({"loss": {"temperature": float("nan")}}, r"loss\.temperature"),
         ({"loss": {"ce_weight": 0, "kd_weight": 0}}, r"loss\.ce_weight and loss\.kd_weight are both 0"),

@@ -82,11 +82,13 @@ def import_cache(
         if notes:
             _note(destination, notes, "From JSON Lines with a plan.")
         return Imported(cache, notes)
+    # What the files are is said before what is missing beside them.
+    tables, reader_for, approximated = _tables(source, kind)
     if given.tokenizer is None:
         raise DataError("data of other tools name tokens by number alone; say with --tokenizer whose numbers they are")
     tokenizer = load_tokenizer(given.tokenizer)
     tokens = token_map(tokenizer)
-    tables, reader, approximated = _tables(source, kind, pad_of(tokenizer))
+    reader = reader_for(pad_of(tokenizer))
     selection = selection_of(given.temperature, k=65_535)
     design, tally = selection.design(len(tokens), thinned=False), Tally()
     found = [
@@ -112,12 +114,13 @@ def _read_as(tables: Mapping[str, Rows]) -> list[str]:
     return notes
 
 
-def _tables(source: Path, kind: Kind, pad_id: int) -> tuple[dict[str, Rows], _Reader, bool]:
-    """The rows of every split, what makes sequences of them, and whether their probabilities are approximations."""
+def _tables(source: Path, kind: Kind) -> tuple[dict[str, Rows], Callable[[int], _Reader], bool]:
+    """The rows of every split, what makes sequences of them given the padding's id, and whether their probabilities are
+    approximations."""
     if kind == "jsonl":
-        return lines_by_split(source), jsonl.read_plain, False
+        return lines_by_split(source), lambda pad_id: jsonl.read_plain, False
     if kind == "axolotl":
-        return rows_by_split(source, axolotl.SHAPES), axolotl.read, False
+        return rows_by_split(source, axolotl.SHAPES), lambda pad_id: axolotl.read, False
     path = (source if source.is_dir() else source.parent) / distillkit.SETTINGS
     try:
         settings = distillkit.parse_settings(path.read_bytes(), str(path))
@@ -126,7 +129,8 @@ def _tables(source: Path, kind: Kind, pad_id: int) -> tuple[dict[str, Rows], _Re
             f"{path} cannot be read: {exc.strerror}; DistillKit's rows cannot be unpacked without it"
         ) from exc
     tables = rows_by_split(source, distillkit.SHAPES)
-    return tables, partial(distillkit.read, settings=settings, pad_id=pad_id), settings.exact_k < settings.k
+    unpacked = partial(distillkit.read, settings=settings)
+    return tables, lambda pad_id: partial(unpacked, pad_id=pad_id), settings.exact_k < settings.k
 
 
 def _examined(

@@ -230,6 +230,12 @@ def tell_of_init(recipe: Recipe, cache: Cache, progress: Progress) -> None:
     if recipe.student is not None:
         for line in init_lines(recipe.student, recipe.training.max_length or cache.plan.data.max_length):
             progress.message(line)
+        init = recipe.student.init
+        if init is not None and init.method == "scale" and recipe.student.lora is not None:
+            progress.warning(
+                "student.init.method scale makes random weights, and student.lora trains few besides them: they stay random; "
+                "train every weight with student.lora=null student.quantization=none student.dtype=float32"
+            )
 
 
 def tell_of_steps(trainer: DistillationTrainer, progress: Progress) -> None:

@@ -136,7 +136,7 @@ def _chunk(
         weights_CK=weights_CK.exp(),
     )
     outcome = divergence_of(settings.divergence, settings.beta)(bins)
-    if settings.control and teacher.log_weights_NK is not None:
+    if settings.control and with_gradient and teacher.log_weights_NK is not None:
         outcome = controlled(bins, outcome)
     ce_C = log_z_1 - label_C
     # A row that says nothing of the teacher, not even of a rest, costs nothing whatever the divergence.

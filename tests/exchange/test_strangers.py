@@ -387,7 +387,7 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, given, models, shared_cac
     refused(
         lines(tmp_path, plain_line()), tmp_path, "jsonl", Given(tokenizer=str(tmp_path)), "tokenizer", TokenizerError
     )
-    refused(lines(tmp_path, plain_line()), tmp_path, "axolotl", given, "no Parquet file")
+    refused(lines(tmp_path, plain_line()), tmp_path, "axolotl", Given(), "no Parquet file")
     refused(table(tmp_path, axolotl_row()), tmp_path, "distillkit", given, "compression_config.yaml cannot be read")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path, "jsonl", given, r"no folder of them \(\*\.jsonl\)")

@@ -20,12 +20,11 @@ from kdcache.evaluate.perplexity import student_score
 from kdcache.evaluate.saved_run import Students, open_saved_run, score_saved_run
 from kdcache.evaluate.saved_student import refuse_missing_student
 from kdcache.models import load_model
-from kdcache.progress import Silent
 from kdcache.recipe import parse_recipe
 from kdcache.recipe_student import InitSection, StudentSection, parse_size
 from kdcache.run_record import BEFORE
 from kdcache.student import assembly, initial, layers, start
-from kdcache.student.assembly import load_student
+from kdcache.student.assembly import load_student, tell_of_init
 from kdcache.student.distill import check_student, distill
 from kdcache.student.estimate import estimate_training
 from kdcache.student.initial import kept_layers, made_config, make_student, read_source
@@ -35,6 +34,7 @@ from kdcache.student.shapes import Shape, alternatives, count
 from kdcache.summary import training_lines
 from kdcache.sweep.rows import expand as rows_of
 from kdcache.token_maps import load_tokenizer
+from tests.told import Told
 
 SHAPE = {
     "hidden_size": 32,
@@ -669,17 +669,18 @@ def test_depth_and_width_are_shown_alike_by_the_command_and_by_a_training(droppe
     deepest = int(rows[0][1:].split()[0])
     assert any(f"{deepest} layers of" in line and "are the deepest" in line for line in shown)
 
-    told = []
-
-    class Told(Silent):
-        def message(self, text):
-            told.append(text)
-
     dropped["student"] |= {"model": model, "init": {"method": "scale", "parameters": "0.5M"}, "lora": None}
     dropped["data"] = dropped["teacher"] = None
-    distill(parse_recipe(dropped), progress=Told())
+    distill(parse_recipe(dropped), progress=(told := Told()))
     for line in shown:
-        assert line in told
+        assert line in told.messages
+    assert not any("random" in warning for warning in told.warnings)
+
+
+def test_random_weights_of_which_few_are_trained_are_warned_of(dropped, models, shared_cache):
+    dropped["student"] |= {"model": str(models / "student"), "init": {"method": "scale", "parameters": "0.5M"}}
+    tell_of_init(parse_recipe(dropped), open_cache(shared_cache), told := Told())
+    assert "they stay random" in told.warnings[0]
 
 
 @pytest.mark.parametrize(
