@@ -16,7 +16,25 @@ import torch
 # Entries of a block: few enough to go through at every draw, blocks few enough to go through for every row.
 _NARROW, _WIDE, _SMALL = 32, 128, 1 << 15
 # Share of blocks from which on every block is looked at.
-_MOST = 0.3
+_MOST = 0.2
+
+
+class Workspace:
+    """Memory for the probabilities of one block of rows after the other.
+
+    Arrays of some megabytes that come and go with every block are handed back to the system each time on Linux; touching
+    their pages anew takes longer than all that is computed in them.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[object, torch.Tensor] = {}
+
+    def take(self, key: object, like: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+        """``[rows, width]`` of anything, valid until ``key`` is taken again."""
+        held = self._held.get(key)
+        if held is None or held.shape[1] != width or len(held) < rows:
+            held = self._held[key] = like.new_empty(rows, width)
+        return held[:rows]
 
 
 class Masses:
@@ -25,10 +43,11 @@ class Masses:
     Args:
         logits_CV: float32.
         temperatures: ascending.
+        workspace: what holds the probabilities, for as long as these are used.
     """
 
-    def __init__(self, logits_CV: torch.Tensor, temperatures: tuple[float, ...]) -> None:
-        self.temperatures = temperatures
+    def __init__(self, logits_CV: torch.Tensor, temperatures: tuple[float, ...], workspace: Workspace) -> None:
+        self.temperatures, self._workspace = temperatures, workspace
         self.rows, self.vocabulary = logits_CV.shape
         self.width = _NARROW if self.vocabulary <= _SMALL else _WIDE
         self.blocks = -(-self.vocabulary // self.width)
@@ -36,18 +55,29 @@ class Masses:
         # The likeliest entries at one temperature are those at every other, so the broadest alone tells where to look.
         self.squared = temperatures == (top / 2, top)
         self._p_CV = [self._softmax(logits_CV, t) for t in ((top,) if self.squared else temperatures)]
-        self._square_C = _dot(self._p_CV[0]) if self.squared else None
+        # Sums per block, as they are first asked for: every pass over all probabilities counts.
+        self._sums_CG: dict[int, torch.Tensor] = {}
+        self._squares_CG: torch.Tensor | None = None
+        self._square_C: torch.Tensor | None = None
+        if self.squared:
+            self._squares_CG = torch.linalg.vector_norm(self._blocks(0), dim=2).square()
+            self._square_C = self._squares_CG.sum(dim=1)
+
+    def _blocks(self, index: int) -> torch.Tensor:
+        """``[C, G, W]`` probabilities of one array."""
+        return self._p_CV[index].view(self.rows, self.blocks, self.width)
 
     def _softmax(self, logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
         """Probabilities, with columns of 0 up to a whole number of blocks."""
         width = self.blocks * self.width
+        p_CV = self._workspace.take(temperature, logits_CV, self.rows, width)
         if temperature == 1.0 and width == self.vocabulary:
-            return torch.softmax(logits_CV, dim=1)
-        scaled = logits_CV.new_empty(self.rows, width)
+            return _softmax(logits_CV, p_CV)
+        scaled = self._workspace.take("scaled", logits_CV, self.rows, width)
         if width > self.vocabulary:
             scaled[:, self.vocabulary :] = -torch.inf
         torch.mul(logits_CV, 1.0 / temperature, out=scaled[:, : self.vocabulary])
-        return torch.softmax(scaled, dim=1)
+        return _softmax(scaled, p_CV)
 
     def of(self, rows: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
         """Probability of single entries, per temperature."""
@@ -61,24 +91,28 @@ class Masses:
 
         Args:
             floors: one per temperature.
-            blocks: rows and numbers of the blocks wanted (``[n, W]``); None for all (``[C, G, W]``).
+            blocks: rows and numbers of the blocks wanted (``[n, W]``); None for all (``[C, G, W]``, until the next call).
         """
-        values = [p.view(self.rows, self.blocks, self.width) for p in self._p_CV]
+        values = [self._blocks(i) for i in range(len(self._p_CV))]
+        out = None
         if blocks is not None:
             values = [v[blocks] for v in values]
+        else:
+            out = self._workspace.take("scaled", values[0], self.rows, self.blocks * self.width).view_as(values[0])
         if self._square_C is not None:
             # max(p^2 / (S floor_0), p / floor_1) = p max(p / (S floor_0), 1 / floor_1)
             factor = 1.0 / (self._square_C * floors[0])
             factor = factor[:, None, None] if blocks is None else factor[blocks[0]][:, None]
-            return (values[0] * factor).clamp_(min=1.0 / floors[1]).mul_(values[0])
-        reach = values[0] * (1.0 / floors[0])
+            return torch.mul(values[0], factor, out=out).clamp_(min=1.0 / floors[1]).mul_(values[0])
+        reach = torch.mul(values[0], 1.0 / floors[0], out=out)
         for p, floor in zip(values[1:], floors[1:], strict=True):
             torch.maximum(reach, p * (1.0 / floor), out=reach)
         return reach
 
     def block_sums(self) -> torch.Tensor:
         """``[C, G]`` mass of every block at the largest temperature."""
-        return self._p_CV[-1].view(self.rows, self.blocks, self.width).sum(dim=2)
+        last = len(self._p_CV) - 1
+        return self._sums_CG.setdefault(last, self._blocks(last).sum(dim=2))
 
     def simple_below(self, floors: tuple[float, ...]) -> torch.Tensor | float:
         """A block of less mass than this at the largest temperature has no entry that reaches its floor there, nor one
@@ -91,13 +125,18 @@ class Masses:
         """Entries that are kept: from now on they have no mass."""
         for p in self._p_CV:
             p[rows, ids] = 0.0
+        changed = rows, ids // self.width
+        for index, sums_CG in self._sums_CG.items():
+            sums_CG[changed] = self._blocks(index)[changed].sum(dim=1)
+        if self._squares_CG is not None:
+            self._squares_CG[changed] = self._blocks(0)[changed].square().sum(dim=1)
 
     def left(self) -> torch.Tensor:
         """``[C, B]`` mass that has not been taken out, summed and not subtracted: a small rest would drown in a difference."""
-        if self._square_C is None:
-            return torch.stack([p.sum(dim=1) for p in self._p_CV], dim=1)
-        broad = self._p_CV[0]
-        return torch.stack([_dot(broad) / self._square_C, broad.sum(dim=1)], dim=1)
+        left = [self._sums_CG[i].sum(dim=1) if i in self._sums_CG else p.sum(dim=1) for i, p in enumerate(self._p_CV)]
+        if self._squares_CG is not None and self._square_C is not None:
+            left.insert(0, self._squares_CG.sum(dim=1) / self._square_C)
+        return torch.stack(left, dim=1)
 
     def log_largest_at_one(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
         """Log-probability of single entries at T = 1, where that is declared. Only for entries of some size."""
@@ -165,7 +204,7 @@ class Inclusion:
         return row_M, block_M * self._masses.width + torch.searchsorted(within_MW, place_M[:, None]).squeeze(1)
 
 
-def _dot(values_CV: torch.Tensor) -> torch.Tensor:
-    """``[C]`` sums of squares."""
-    norm_C: torch.Tensor = torch.linalg.vector_norm(values_CV, dim=1)
-    return norm_C.square()
+def _softmax(logits_CV: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Softmax of every row. ``torch.softmax`` with ``out`` makes an array of its own and copies it."""
+    probabilities: torch.Tensor = torch.ops.aten._softmax.out(logits_CV, 1, False, out=out)
+    return probabilities

@@ -5,8 +5,9 @@ Four methods. ``top_k``: the k largest. ``threshold``: all whose probability rea
 entry standing for the floor (Poisson's inclusion probabilities, drawn systematically: one uniform number per row, placed
 along the cumulated tail; Madow 1949). ``random_sampling``: draws with replacement (RS-KD, Anshumann et al., ACL 2025).
 
-Price per row of V logits, threshold sampling at T and 2 T: one softmax, two sums, two sums of squares, and a look at the
-blocks of the vocabulary that can hold something (`masses`); no sort. Rows go in blocks that stay in the processor's cache.
+Price per row of V logits, threshold sampling at T and 2 T: one softmax, one sum and one sum of squares by blocks of the
+vocabulary, and a look at the blocks that can hold something (`masses`); no sort. Some rows go at once, in memory that stays in
+the processor's cache.
 
 Axes: ``N`` positions, ``C`` positions of a block, ``V`` vocabulary, ``K`` kept entries, ``B`` temperatures, ``D`` draws.
 """
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.layout import REST_LIMIT
 from kdcache.cache.rows import RowDesign, SparseRows, concatenate
-from kdcache.teacher.masses import Inclusion, Masses
+from kdcache.teacher.masses import Inclusion, Masses, Workspace
 
 # How far past k the first look goes: half-precision logits tie at the border in most rows, and a
 # tie that ends inside this margin is broken by id without sorting the whole row.
@@ -102,18 +103,22 @@ def select(
     if wanted and (uniforms_ND is None or uniforms_ND.shape != (len(labels_N), wanted)):
         raise ValueError(f"{selection.method} needs {wanted} uniform numbers per row")
     size = len(labels_N) if logits_NV.is_cuda else max(1, _BLOCK_BYTES // (4 * width))
-    parts = []
+    parts, workspace = [], Workspace()
     for start in range(0, max(1, len(labels_N)), max(1, size)):
         block = slice(start, start + size)
         uniforms = None if uniforms_ND is None else torch.from_numpy(uniforms_ND[block]).to(logits_NV.device)
-        parts.append(_select_block(logits_NV[block], labels_N[block], selection, uniforms))
+        parts.append(_select_block(logits_NV[block], labels_N[block], selection, uniforms, workspace))
     return Selected(concatenate([p.rows for p in parts]), np.concatenate([p.entropy for p in parts]))
 
 
 def _select_block(
-    logits_CV: torch.Tensor, labels_C: torch.Tensor, selection: Selection, uniforms_CD: torch.Tensor | None
+    logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    selection: Selection,
+    uniforms_CD: torch.Tensor | None,
+    workspace: Workspace,
 ) -> Selected:
-    masses = Masses(logits_CV, selection.temperatures)
+    masses = Masses(logits_CV, selection.temperatures, workspace)
     inclusion = Inclusion(masses, selection.floors) if selection.floors else None
     row_H, id_H = _head(logits_CV, selection, inclusion)
     logit_H = logits_CV[row_H, id_H]
