@@ -176,7 +176,7 @@ def plot(results: list[dict[str, Any]], path: Path, key: str, label: str) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, t in zip(axes, TEMPERATURES, strict=True):
         full = {r["seed"]: r[key] for r in results if r["kind"] == "full" and r["temperature"] == t}
         for kind, mark in MARKS.items():
@@ -202,7 +202,7 @@ def plot(results: list[dict[str, Any]], path: Path, key: str, label: str) -> Non
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(label)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
