@@ -112,7 +112,9 @@ class Masses:
     def block_sums(self) -> torch.Tensor:
         """``[C, G]`` mass of every block at the largest temperature."""
         last = len(self._p_CV) - 1
-        return self._sums_CG.setdefault(last, self._blocks(last).sum(dim=2))
+        if last not in self._sums_CG:
+            self._sums_CG[last] = self._blocks(last).sum(dim=2)
+        return self._sums_CG[last]
 
     def simple_below(self, floors: tuple[float, ...]) -> torch.Tensor | float:
         """A block of less mass than this at the largest temperature has no entry that reaches its floor there, nor one

@@ -8,6 +8,7 @@ import torch
 
 from kdcache.errors import CacheError
 from kdcache.student.collate import sparse_teacher
+from kdcache.student.divergence import _shares
 from kdcache.student.loss import SparseTeacher, distillation_loss
 from kdcache.teacher.select import Selection, select
 from tests.reference import log_softmax, loss_from_logits, relative_error
@@ -286,6 +287,20 @@ def test_a_rows_guess_is_weighed_by_the_draws_of_the_others():
         assert share > 0.01
     alone = slice(0, 1)
     assert torch.equal(gradient(near, alone, control_variate=True), gradient(near, alone))
+
+
+def test_shares_are_told_by_the_others_alone_however_large_a_row_is():
+    times, p = torch.full((4, 50), 3.0), torch.full((4, 50), 0.01)
+    right = torch.ones(4) * 150 / (150 + 200)
+    assert torch.allclose(_shares(0.5 * p, p, times), right)
+    # A guess of half is taken as a whole and no more; one of twice the teacher by half of it, less what is doubted.
+    assert torch.allclose(_shares(2.0 * p, p, times), (0.5 - 0.2) / 0.8 * right)
+    # One row of huge terms says that its guess is bad. It is told so by nobody, and tells everybody else.
+    times[0], p[0] = 1e5, 1e-7
+    guess = torch.full((4, 50), 0.01)
+    shares = _shares(guess, p, times)
+    assert torch.allclose(shares[0], right[0])
+    assert not shares[1:].any()
 
 
 def test_draws_serve_up_to_the_largest_declared_temperature_and_a_bucket_above():
