@@ -40,9 +40,34 @@ SPLITS = ("train", "validation")
 DIGEST = "00" * 32
 SHARD_SEQUENCES = 400
 BATCH, EPOCHS, LEARNING_RATE, CLIP = 16, 1, 2e-3, 0.5
-# The part in which the teacher's own 4-bit copy is taught: every so manieth sequence, at the reference's learning rate.
-COPY_EVERY, COPY_LEARNING_RATE = 6, 2e-4
 PLAIN = "sampling, no control variate"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the students of one part have in common.
+
+    Attributes:
+        ce_weight: of the labels; the teacher has the rest.
+        lora: adapters alone are trained, not every weight.
+        copy: the student is the teacher's own 4-bit copy.
+        every, tuned_on: trained on every so manieth sequence, its selections tuned on every so manieth of these.
+    """
+
+    ce_weight: float
+    lora: bool
+    copy: bool = False
+    learning_rate: float = LEARNING_RATE
+    every: int = 1
+    tuned_on: int = 37
+
+
+PARTS = {
+    "training": Part(ce_weight=0.0, lora=False),
+    # At the reference's learning rate, and few: this student is six times as large.
+    "copy": Part(ce_weight=0.0, lora=True, copy=True, learning_rate=2e-4, every=6, tuned_on=7),
+    "seeds": Part(ce_weight=0.5, lora=True),
+}
 
 
 @dataclass(frozen=True)
@@ -181,26 +206,26 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     folder, t = Path(spec["folder"]), float(spec["temperature"])
-    copy = spec["part"] == "copy"
+    part = PARTS[spec["part"]]
     data, held_out = (read_dense(folder, name) for name in SPLITS)
-    if copy:
-        data, held_out = data.every(COPY_EVERY), held_out.every(COPY_EVERY)
+    if part.every > 1:
+        data, held_out = data.every(part.every), held_out.every(part.every)
     starts, size, rows = data.starts, 0.0, None
     kind, ce_weight = spec["kind"], spec["ce_weight"]
     if kind not in ("full", "CE alone", "untrained"):
         selection = (
             Selection("top_k", TEMPERATURES, k=spec["k"])
             if "k" in spec
-            else tuned(kind, t, spec["budget"], data.every(7 if copy else 37))
+            else tuned(kind, t, spec["budget"], data.every(part.tuned_on))
         )
         rows, size = read_back(data, selection)
-    model = load_model(spec["student"], quantization="nf4" if copy else "none", dtype="float32", device="cpu")
-    if spec["lora"]:
-        model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=copy)
+    model = load_model(spec["student"], quantization="nf4" if part.copy else "none", dtype="float32", device="cpu")
+    if part.lora:
+        model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=part.copy)
     else:
         model.requires_grad_(True)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=COPY_LEARNING_RATE if copy else LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=part.learning_rate, weight_decay=0.0)
     steps = EPOCHS * math.ceil(len(data.rows) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     collate = Collator(0, t, "renormalised" if "renormalised" in kind else "auto")
@@ -271,15 +296,14 @@ def _no_rows(vocabulary: int) -> SparseRows:
 def specs(part: str, seeds: int) -> list[dict[str, Any]]:
     """Every run of a part."""
     found: list[dict[str, Any]] = []
-    alone = part != "seeds"
     for seed in range(seeds if part == "seeds" else 1):
         for t in TEMPERATURES:
             base = {
                 "part": part,
                 "temperature": t,
                 "seed": seed,
-                "ce_weight": 0.0 if alone else 0.5,
-                "lora": part != "training",
+                "ce_weight": PARTS[part].ce_weight,
+                "lora": PARTS[part].lora,
             }
             found.append({**base, "kind": "full"})
             if part == "copy":
@@ -306,9 +330,8 @@ def run_all(args: argparse.Namespace, part: str) -> list[dict[str, Any]]:
         return all(result.get(k) == v for k, v in spec.items()) and ("k" in result) == ("k" in spec)
 
     todo = [s for s in specs(part, args.seeds) if not any(same(s, r) for r in done)]
-    todo = [
-        {**s, "folder": str(args.output), "student": args.teacher if part == "copy" else args.student} for s in todo
-    ]
+    student = args.teacher if PARTS[part].copy else args.student
+    todo = [{**s, "folder": str(args.output), "student": student} for s in todo]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for number, result in enumerate(pool.map(train, todo), start=1):
             with path.open("a") as f:

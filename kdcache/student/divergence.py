@@ -22,6 +22,7 @@ import torch
 _SURE = 1e-4
 # Logarithm of how many entries one drawn entry may stand for; so improbable a draw is never made.
 _NEVER = 40.0
+# What is taken off an estimated share, and how many draws are believed by half: `_shares`.
 _DOUBTED, _FEW = 0.2, 200
 Divergence = Literal["forward_kl", "soft_ce", "reverse_kl", "jsd"]
 

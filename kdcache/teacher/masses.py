@@ -72,12 +72,12 @@ class Masses:
         width = self.blocks * self.width
         p_CV = self._workspace.take(temperature, logits_CV, self.rows, width)
         if temperature == 1.0 and width == self.vocabulary:
-            return _softmax(logits_CV, p_CV)
+            return _softmax_into(p_CV, logits_CV)
         scaled = self._workspace.take("scaled", logits_CV, self.rows, width)
         if width > self.vocabulary:
             scaled[:, self.vocabulary :] = -torch.inf
         torch.mul(logits_CV, 1.0 / temperature, out=scaled[:, : self.vocabulary])
-        return _softmax(scaled, p_CV)
+        return _softmax_into(p_CV, scaled)
 
     def of(self, rows: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
         """Probability of single entries, per temperature."""
@@ -94,11 +94,11 @@ class Masses:
             blocks: rows and numbers of the blocks wanted (``[n, W]``); None for all (``[C, G, W]``, until the next call).
         """
         values = [self._blocks(i) for i in range(len(self._p_CV))]
-        out = None
-        if blocks is not None:
-            values = [v[blocks] for v in values]
-        else:
+        if blocks is None:
+            # The scaled logits have become probabilities by now.
             out = self._workspace.take("scaled", values[0], self.rows, self.blocks * self.width).view_as(values[0])
+        else:
+            values, out = [v[blocks] for v in values], None
         if self._square_C is not None:
             # max(p^2 / (S floor_0), p / floor_1) = p max(p / (S floor_0), 1 / floor_1)
             factor = 1.0 / (self._square_C * floors[0])
@@ -206,7 +206,7 @@ class Inclusion:
         return row_M, block_M * self._masses.width + torch.searchsorted(within_MW, place_M[:, None]).squeeze(1)
 
 
-def _softmax(logits_CV: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _softmax_into(out: torch.Tensor, logits_CV: torch.Tensor) -> torch.Tensor:
     """Softmax of every row. ``torch.softmax`` with ``out`` makes an array of its own and copies it."""
     probabilities: torch.Tensor = torch.ops.aten._softmax.out(logits_CV, 1, False, out=out)
     return probabilities

@@ -170,7 +170,8 @@ def test_the_mean_gradient_over_all_draws_is_that_of_the_whole_distribution(meth
 
 
 @pytest.mark.parametrize(
-    ("temperature", "learnt", "most"), [(1.0, 1.0, 0.6), (2.0, 1.0, 0.6), (1.0, 0.0, 1.02), (2.0, 0.0, 1.02)]
+    ("temperature", "learnt", "most"),
+    [(1.0, 1.0, 0.6), (1.5, 1.0, 0.6), (2.0, 1.0, 0.6), (1.0, 0.0, 1.02), (2.0, 0.0, 1.02)],
 )
 def test_a_control_variate_takes_noise_away_and_nothing_else(temperature, learnt, most):
     """Over evenly spread draws the mean gradient stays that of the whole distribution, and each is nearer to it; or no
