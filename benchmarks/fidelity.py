@@ -2,12 +2,13 @@
 
     python benchmarks/fidelity.py --data DIR/alpaca/train.jsonl.gz --teacher DIR --student DIR [--jobs 2] [--only bytes]
 
-Four tables and two plots, into --output; figures that are there already are kept, so a stopped run goes on.
+Five tables and three plots, into --output; figures that are there already are kept, so a stopped run goes on.
 
 - bytes: selections and codecs, bytes per position by part and one-step gradient error, on the teacher's own logits and on
   synthetic ones over 151,936 tokens; the naive layout (half-precision logits and 32-bit ids) beside them, raw and zstd-3.
 - training: held-out KL to the full teacher after training every weight with KD alone, at equal bytes, against live
   full-vocabulary KD (the teacher's whole distributions in half precision, relative to the largest logit).
+- labels: the same with the reference loss, half of it the labels'.
 - copy: the teacher's own 4-bit copy taught by its cache, a student that is nearly its teacher.
 - seeds: perplexity with the reference loss (1/2 and 1/2) and LoRA, several seeds, beside full-vocabulary KD and CE alone.
 """
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import zstandard
 from fidelity_training import (
+    BOTH,
     BUDGETS,
     EPOCHS,
     LEARNING_RATE,
@@ -55,6 +57,7 @@ MARKS = {
     "threshold": "^",
     "top-k": "v",
     "RS-KD": "x",
+    BOTH: "+",
     "top-k, renormalised": "D",
 }
 
@@ -134,6 +137,8 @@ def training_table(results: list[dict[str, Any]]) -> None:
         for kind in MARKS:
             cells, other = [], ""
             own = [r for r in results if r["temperature"] == t and r["kind"] == kind]
+            if not own:
+                continue
             for budget in BUDGETS[:-1]:
                 found = [r for r in own if r.get("budget") == budget]
                 cells.append(f"{found[0]['kl_t']:.4f} ({found[0]['kl_t'] / full[t] - 1:+.1%})" if found else "")
@@ -214,7 +219,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="teacher folder")
     parser.add_argument("--student", required=True, help="student folder")
     parser.add_argument("--output", type=Path, default=Path("runs/fidelity-benchmark"))
-    parser.add_argument("--only", choices=("bytes", "training", "copy", "seeds"), help="one part")
+    parser.add_argument("--only", choices=("bytes", "training", "labels", "copy", "seeds"), help="one part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="students trained at the same time, one thread each")
     args = parser.parse_args()
@@ -227,10 +232,11 @@ def main() -> None:
     )
     if args.only in (None, "bytes"):
         bytes_tables(args)
-    if args.only in (None, "training"):
-        results = run_all(args, "training")
-        training_table(results)
-        plot(results, args.output / "training.png", "kl_t", "held-out KL against full-vocabulary KD, %")
+    for part in ("training", "labels"):
+        if args.only in (None, part):
+            results = run_all(args, part)
+            training_table(results)
+            plot(results, args.output / f"{part}.png", "kl_t", "held-out KL against full-vocabulary KD, %")
     if args.only in (None, "copy"):
         copy_table(run_all(args, "copy"))
     if args.only in (None, "seeds"):

@@ -41,6 +41,8 @@ DIGEST = "00" * 32
 SHARD_SEQUENCES = 400
 BATCH, EPOCHS, LEARNING_RATE, CLIP = 16, 1, 2e-3, 0.5
 PLAIN = "sampling, no control variate"
+# A rival that draws at one temperature, drawn at each: what serves both from one cache, as the default does.
+BOTH = "RS-KD, both T"
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,17 @@ class Part:
 
 PARTS = {
     "training": Part(ce_weight=0.0, lora=False),
+    "labels": Part(ce_weight=0.5, lora=False),
     # At the reference's learning rate, and few: this student is six times as large.
     "copy": Part(ce_weight=0.0, lora=True, copy=True, learning_rate=2e-4, every=6, tuned_on=7),
     "seeds": Part(ce_weight=0.5, lora=True),
+}
+
+
+# What is trained at every budget.
+KINDS = {
+    "training": ("sampling", PLAIN, "sampling, one T", "threshold", "top-k", "RS-KD", BOTH),
+    "labels": ("sampling", "top-k", "RS-KD", BOTH),
 }
 
 
@@ -152,6 +162,7 @@ SETTINGS: dict[str, Callable[[float, float], Selection]] = {
     "threshold": lambda t, n: Selection("threshold", TEMPERATURES, k=4096, floors=(1 / n, 1 / n)),
     "top-k": lambda t, n: Selection("top_k", TEMPERATURES, k=max(1, int(n))),
     "RS-KD": lambda t, n: Selection("random_sampling", (t,), draws=max(1, int(n)), tail_logits=False),
+    BOTH: lambda t, n: SETTINGS["RS-KD"](t, n),
 }
 
 
@@ -173,12 +184,23 @@ def read_back(data: Dense, selection: Selection, values: Values = "quantised") -
     return parts, size / int(starts[-1])
 
 
+def others_bytes(kind: str, selection: Selection, data: Dense) -> float:
+    """Bytes per position of what a cache holds beside a selection: as many draws at the other temperatures, where a kind serves
+    them. What the text and every row take whatever is drawn (all that one draw takes) counts once."""
+    if kind != BOTH:
+        return 0.0
+    others = [replace(selection, temperatures=(t,)) for t in TEMPERATURES if (t,) != selection.temperatures]
+    return sum(read_back(data, s)[1] - read_back(data, replace(s, draws=1))[1] for s in others)
+
+
 def tuned(kind: str, temperature: float, budget: float, data: Dense) -> Selection:
     """The selection of a kind that comes to the budget on ``data``."""
-    make, low, high = SETTINGS[kind], 1.1, 255.0 if kind == "RS-KD" else 2000.0
+    make, low, high = SETTINGS[kind], 1.1, 255.0 if kind.startswith("RS-KD") else 2000.0
     for _ in range(10):
         n = math.sqrt(low * high)
-        low, high = (n, high) if read_back(data, make(temperature, n))[1] < budget else (low, n)
+        selection = make(temperature, n)
+        within = read_back(data, selection)[1] + others_bytes(kind, selection, data) < budget
+        low, high = (n, high) if within else (low, n)
     return make(temperature, low)
 
 
@@ -219,6 +241,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             else tuned(kind, t, spec["budget"], data.every(part.tuned_on))
         )
         rows, size = read_back(data, selection)
+        size += others_bytes(kind, selection, data)
     model = load_model(spec["student"], quantization="nf4" if part.copy else "none", dtype="float32", device="cpu")
     if part.lora:
         model = attach_lora(model, r=16, alpha=32, dropout=0.05, targets="all-linear", quantized=part.copy)
@@ -311,8 +334,8 @@ def specs(part: str, seeds: int) -> list[dict[str, Any]]:
                 found += [{**base, "kind": kind, "budget": b} for kind in ("sampling", PLAIN) for b in (24, 64)]
                 continue
             found += [{**base, "kind": kind, "k": 64} for kind in ("top-k", "top-k, renormalised")]
-            if part == "training":
-                for kind in ("sampling", PLAIN, "sampling, one T", "threshold", "top-k", "RS-KD"):
+            if part in KINDS:
+                for kind in KINDS[part]:
                     found += [{**base, "kind": kind, "budget": budget} for budget in BUDGETS[:-1]]
             else:
                 found += [{**base, "kind": kind, "budget": 64} for kind in ("sampling", PLAIN, "RS-KD")]

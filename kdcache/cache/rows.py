@@ -219,7 +219,8 @@ class SparseRows:
         if design.floors:
             reach = np.full(len(tail), -np.inf, dtype=np.float32)
             for floor, t in zip(design.floors, design.temperatures, strict=True):
-                shift = np.repeat((self.log_partition_at(t) + np.log(floor)).astype(np.float32), self.tail)
+                own = log_partition if t == temperature else self.log_partition_at(t)
+                shift = np.repeat((own + np.log(floor)).astype(np.float32), self.tail)
                 np.maximum(reach, self.tail_logits * np.float32(1.0 / t) - shift, out=reach)
             tail -= reach
         if design.draws and self.head_counts is not None and self.tail_counts is not None:

@@ -154,20 +154,22 @@ def sparse_teacher(rows: SparseRows | MixedRows, temperature: float, tail: Tail 
     log_z = rows.log_partition_at(temperature)
     drawn = rows.tail if sampled else np.zeros_like(rows.tail)
     width = max(1, int((rows.head + drawn).max())) if len(rows) else 1
-    column = np.arange(width)
-    in_head = column < rows.head[:, None]
-    in_tail = (column < (rows.head + drawn)[:, None]) & ~in_head
+    # Where entries go in the padded arrays, row after row: a row's head first, what was drawn behind it.
+    first = np.arange(len(rows)) * width
+    in_head = np.repeat(first - np.cumsum(rows.head) + rows.head, rows.head) + np.arange(len(rows.head_ids))
     beta, shift = np.float32(1.0 / temperature), log_z.astype(np.float32)
-    ids = np.zeros(in_head.shape, dtype=np.int64)
-    log_probs = np.full(in_head.shape, -np.inf, dtype=np.float32)
-    ids[in_head] = rows.head_ids
-    log_probs[in_head] = rows.head_logits * beta - np.repeat(shift, rows.head)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    log_probs = np.full((len(rows), width), -np.inf, dtype=np.float32)
+    ids.reshape(-1)[in_head] = rows.head_ids
+    log_probs.reshape(-1)[in_head] = rows.head_logits * beta - np.repeat(shift, rows.head)
     log_tail, weights = np.full(len(rows), -np.inf, dtype=np.float32), None
     if sampled:
-        ids[in_tail] = rows.tail_ids
-        log_probs[in_tail] = rows.tail_logits * beta - np.repeat(shift, rows.tail)
-        weights = np.full(in_head.shape, -np.inf, dtype=np.float32)
-        weights[in_head], weights[in_tail] = rows.log_weights_at(temperature, log_z)
+        behind = first + rows.head
+        in_tail = np.repeat(behind - np.cumsum(rows.tail) + rows.tail, rows.tail) + np.arange(len(rows.tail_ids))
+        ids.reshape(-1)[in_tail] = rows.tail_ids
+        log_probs.reshape(-1)[in_tail] = rows.tail_logits * beta - np.repeat(shift, rows.tail)
+        weights = np.full((len(rows), width), -np.inf, dtype=np.float32)
+        weights.reshape(-1)[in_head], weights.reshape(-1)[in_tail] = rows.log_weights_at(temperature, log_z)
     else:
         log_tail = _log_outside(rows, temperature, log_z).astype(np.float32)
     teacher = SparseTeacher(

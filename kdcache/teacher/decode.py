@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from kdcache.data.tokens import TokenRow
 from kdcache.errors import ModelError
 from kdcache.teacher.forward import TeacherForward
-from kdcache.teacher.select import top_k
+from kdcache.teacher.top_k import top_k
 
 
 @dataclass(frozen=True)

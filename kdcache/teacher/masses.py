@@ -15,6 +15,8 @@ import torch
 
 # Entries of a block: few enough to go through at every draw, blocks few enough to go through for every row.
 _NARROW, _WIDE, _SMALL = 32, 128, 1 << 15
+# An entry this close to certain is kept: rounding of the cumulated sum could otherwise draw it twice.
+CERTAIN = 1.0 - 2.0**-10
 # Share of blocks from which on every block is looked at.
 _MOST = 0.2
 

@@ -5,9 +5,9 @@ Four methods. ``top_k``: the k largest. ``threshold``: all whose probability rea
 entry standing for the floor (Poisson's inclusion probabilities, drawn systematically: one uniform number per row, placed
 along the cumulated tail; Madow 1949). ``random_sampling``: draws with replacement (RS-KD, Anshumann et al., ACL 2025).
 
-Price per row of V logits, threshold sampling at T and 2 T: one softmax, one sum and one sum of squares by blocks of the
-vocabulary, and a look at the blocks that can hold something (`masses`); no sort. Some rows go at once, in memory that stays in
-the processor's cache.
+Threshold sampling on the CPU is compiled and reads each row once (`threshold_kernel`). Elsewhere, per row of V logits at T and
+2 T: one softmax, one sum and one sum of squares by blocks of the vocabulary, and a look at the blocks that can hold something
+(`masses`); no sort. On the CPU some rows go at once, in memory that stays in the processor's cache.
 
 Axes: ``N`` positions, ``C`` positions of a block, ``V`` vocabulary, ``K`` kept entries, ``B`` temperatures, ``D`` draws.
 """
@@ -23,13 +23,9 @@ from numpy.typing import NDArray
 
 from kdcache.cache.layout import REST_LIMIT
 from kdcache.cache.rows import RowDesign, SparseRows, concatenate
-from kdcache.teacher.masses import Inclusion, Masses, Workspace
+from kdcache.teacher.masses import CERTAIN, Inclusion, Masses, Workspace
+from kdcache.teacher.top_k import largest
 
-# How far past k the first look goes: half-precision logits tie at the border in most rows, and a
-# tie that ends inside this margin is broken by id without sorting the whole row.
-_TIE_MARGIN = 32
-# An entry this close to certain is kept: rounding of the cumulated sum could otherwise draw it twice.
-_CERTAIN = 1.0 - 2.0**-10
 # Bytes of a block's logits on the CPU; several passes go over it.
 _BLOCK_BYTES = 5 << 20
 
@@ -98,17 +94,53 @@ def select(
         Rows on the CPU. Entries with probability zero are never kept. A row with NaN or +inf logits has
         non-finite numbers; the caller knows which sequence that is.
     """
-    width = logits_NV.shape[1]
     wanted = selection.uniforms
     if wanted and (uniforms_ND is None or uniforms_ND.shape != (len(labels_N), wanted)):
         raise ValueError(f"{selection.method} needs {wanted} uniform numbers per row")
-    size = len(labels_N) if logits_NV.is_cuda else max(1, _BLOCK_BYTES // (4 * width))
+    if selection.method == "threshold_sampling" and uniforms_ND is not None and _is_compiled(logits_NV):
+        return _select_compiled(logits_NV, labels_N, selection, uniforms_ND[:, 0])
     parts, workspace = [], Workspace()
-    for start in range(0, max(1, len(labels_N)), max(1, size)):
-        block = slice(start, start + size)
+    for block in _blocks(logits_NV):
         uniforms = None if uniforms_ND is None else torch.from_numpy(uniforms_ND[block]).to(logits_NV.device)
         parts.append(_select_block(logits_NV[block], labels_N[block], selection, uniforms, workspace))
     return Selected(concatenate([p.rows for p in parts]), np.concatenate([p.entropy for p in parts]))
+
+
+def _is_compiled(logits_NV: torch.Tensor) -> bool:
+    return logits_NV.device.type == "cpu"
+
+
+def _blocks(logits_NV: torch.Tensor) -> list[slice]:
+    """Rows that go at once; one empty block where there are none."""
+    count, width = logits_NV.shape
+    size = max(1, count if logits_NV.is_cuda else _BLOCK_BYTES // (4 * width))
+    return [slice(start, start + size) for start in range(0, max(1, count), size)]
+
+
+def _select_compiled(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, selection: Selection, uniforms_N: NDArray[np.float64]
+) -> Selected:
+    """Threshold sampling by the compiled pass."""
+    # A GPU does without the compiler.
+    from kdcache.teacher.threshold_kernel import sample
+
+    found = sample(logits_NV, selection.temperatures, selection.floors, uniforms_N)
+    maximum_N = torch.from_numpy(found.maximum)
+    if 1.0 in selection.temperatures:
+        partition_N = torch.from_numpy(found.partition[:, selection.temperatures.index(1.0)])
+        log_z_N = maximum_N + partition_N.log().float()
+    else:
+        log_z_N = torch.cat([torch.logsumexp(logits_NV[block], dim=1) for block in _blocks(logits_NV)])
+    number_N = torch.arange(len(labels_N))
+    row_H, row_M = (torch.repeat_interleave(number_N, torch.from_numpy(c)) for c in (found.head, found.tail))
+    kept = _Kept(
+        row_H, torch.from_numpy(found.head_ids).long(), row_M, torch.from_numpy(found.tail_ids).long(), maximum_N, log_z_N,
+        torch.from_numpy(found.left / found.inside).float(),
+    )  # fmt: skip
+    entropy_N = torch.zeros_like(maximum_N)
+    if selection.entropy:
+        entropy_N = torch.cat([_entropy(logits_NV[block], log_z_N[block]) for block in _blocks(logits_NV)])
+    return Selected(_rows(logits_NV, labels_N, selection, kept), _numpy(entropy_N))
 
 
 def _select_block(
@@ -127,11 +159,7 @@ def _select_block(
     # A not-a-number must not be lost among the others.
     maximum_C = torch.where(torch.isnan(logits_CV[:, 0]), torch.nan, maximum_C)
     log_z_C = _log_partition_at_one(logits_CV, masses, row_H, id_H, maximum_C)
-    entropy_C = torch.zeros_like(maximum_C)
-    if selection.entropy:
-        log_p_CV = logits_CV - log_z_C[:, None]
-        # Probabilities of 0 have logit -inf; 0 * inf is nothing here.
-        entropy_C = -torch.where(log_p_CV > -torch.inf, log_p_CV.exp() * log_p_CV, 0.0).sum(dim=1)
+    entropy_C = _entropy(logits_CV, log_z_C) if selection.entropy else torch.zeros_like(maximum_C)
     inside_CB = torch.stack(
         [
             # In double precision the order of adding, which a GPU leaves open, leaves no trace.
@@ -148,25 +176,52 @@ def _select_block(
     rest_CB = masses.left() / inside_CB
     if selection.method == "threshold_sampling" and inclusion is not None and uniforms_CD is not None:
         row_M, id_M = inclusion.draw(uniforms_CD[:, 0], (row_H, id_H))
-    head, tail = (torch.bincount(r, minlength=len(labels_C)).cpu().numpy() for r in (row_H, row_M))
-    tail_logits = _numpy(logits_CV[row_M, id_M] - maximum_C[row_M])
+    kept = _Kept(row_H, id_H, row_M, id_M, maximum_C, log_z_C, rest_CB, counts_H, counts_M)
+    return Selected(_rows(logits_CV, labels_C, selection, kept), _numpy(entropy_C))
+
+
+class _Kept(NamedTuple):
+    """What of rows is kept (``H``) and drawn (``M``): rows and ids, how often where that counts, the largest logit, the log
+    partition at T = 1, and what is left over what is kept."""
+
+    row_H: torch.Tensor
+    id_H: torch.Tensor
+    row_M: torch.Tensor
+    id_M: torch.Tensor
+    maximum_N: torch.Tensor
+    log_z_N: torch.Tensor
+    rest_NB: torch.Tensor
+    counts_H: torch.Tensor | None = None
+    counts_M: torch.Tensor | None = None
+
+
+def _rows(logits_NV: torch.Tensor, labels_N: torch.Tensor, selection: Selection, kept: _Kept) -> SparseRows:
+    """Sparse rows of what was found."""
+    head, tail = (torch.bincount(r, minlength=len(labels_N)).cpu().numpy() for r in (kept.row_H, kept.row_M))
+    tail_logits = _numpy(logits_NV[kept.row_M, kept.id_M] - kept.maximum_N[kept.row_M])
     if not selection.tail_logits:
         tail_logits = mean_of_rows(tail_logits, tail).astype(np.float32)
-    label_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1) - log_z_C
-    rows = SparseRows(
+    label_N = logits_NV.gather(1, labels_N[:, None]).squeeze(1) - kept.log_z_N
+    return SparseRows(
         head=head,
         tail=tail,
-        head_ids=id_H.cpu().numpy().astype(np.uint32),
-        head_logits=_numpy(logit_H - maximum_C[row_H]),
-        tail_ids=id_M.cpu().numpy().astype(np.uint32),
+        head_ids=kept.id_H.cpu().numpy().astype(np.uint32),
+        head_logits=_numpy(logits_NV[kept.row_H, kept.id_H] - kept.maximum_N[kept.row_H]),
+        tail_ids=kept.id_M.cpu().numpy().astype(np.uint32),
         tail_logits=tail_logits,
-        rest=_numpy(rest_CB.log().clamp(-REST_LIMIT, REST_LIMIT)),
-        label_log_prob=_numpy(label_C.clamp(max=0.0)),
-        design=selection.design(logits_CV.shape[1]),
-        head_counts=None if counts_H is None else counts_H.cpu().numpy().astype(np.uint8),
-        tail_counts=None if counts_M is None else counts_M.cpu().numpy().astype(np.uint8),
+        rest=_numpy(kept.rest_NB.log().clamp(-REST_LIMIT, REST_LIMIT)),
+        label_log_prob=_numpy(label_N.clamp(max=0.0)),
+        design=selection.design(logits_NV.shape[1]),
+        head_counts=None if kept.counts_H is None else kept.counts_H.cpu().numpy().astype(np.uint8),
+        tail_counts=None if kept.counts_M is None else kept.counts_M.cpu().numpy().astype(np.uint8),
     )
-    return Selected(rows, _numpy(entropy_C))
+
+
+def _entropy(logits_CV: torch.Tensor, log_z_C: torch.Tensor) -> torch.Tensor:
+    """Entropy at T = 1 in nats."""
+    log_p_CV = logits_CV - log_z_C[:, None]
+    # Probabilities of 0 have logit -inf; 0 * inf is nothing here.
+    return -torch.where(log_p_CV > -torch.inf, log_p_CV.exp() * log_p_CV, 0.0).sum(dim=1)
 
 
 def _log_partition_at_one(
@@ -187,16 +242,16 @@ def _head(
         best_C = logits_CV.argmax(dim=1)
         return torch.arange(len(best_C), device=best_C.device), best_C
     if inclusion is None:
-        return _rising(*_largest(logits_CV, selection.k), logits_CV.shape[1])
+        return _rising(*largest(logits_CV, selection.k), logits_CV.shape[1])
     sampling = selection.method == "threshold_sampling"
-    row_H, id_H = inclusion.at_least(_CERTAIN if sampling else 1.0)
+    row_H, id_H = inclusion.at_least(CERTAIN if sampling else 1.0)
     counts_C = torch.bincount(row_H, minlength=len(logits_CV))
     bare = (counts_C == 0).nonzero().squeeze(1)
     over = counts_C > selection.k if not sampling else torch.zeros_like(counts_C, dtype=torch.bool)
     if len(bare) or bool(over.any()):
         within = ~over[row_H]
         most = over.nonzero().squeeze(1)
-        row_K, id_K = _largest(logits_CV[most], selection.k)
+        row_K, id_K = largest(logits_CV[most], selection.k)
         row_H = torch.cat([row_H[within], bare, most[row_K]])
         id_H = torch.cat([id_H[within], logits_CV[bare].argmax(dim=1), id_K])
         return _rising(row_H, id_H, logits_CV.shape[1])
@@ -206,14 +261,6 @@ def _head(
 def _rising(rows: torch.Tensor, ids: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     order = (rows * vocabulary + ids).argsort()
     return rows[order], ids[order]
-
-
-def _largest(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and ids of the k largest entries whose probability is not 0; the first in any case."""
-    values_CK, ids_CK = top_k(logits_CV, min(k, logits_CV.shape[1]))
-    there_CK = values_CK > -torch.inf
-    there_CK[:, :1] = True
-    return there_CK.nonzero(as_tuple=True)[0], ids_CK[there_CK]
 
 
 def _with_replacement(
@@ -233,28 +280,6 @@ def _with_replacement(
     is_best_U = ids_U == best_C[row_U]
     best_counts_C = torch.zeros_like(best_C).index_add_(0, row_U[is_best_U], counts_U[is_best_U])
     return row_U[~is_best_U], ids_U[~is_best_U], counts_U[~is_best_U], best_counts_C
-
-
-def top_k(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` largest of each row, largest first, equal values by lowest id: the same on any machine.
-
-    ``torch.topk`` breaks ties as it likes. A few more than ``k`` are taken and sorted stably; only rows
-    whose tie reaches past those are sorted whole.
-    """
-    width = values_NV.shape[1]
-    taken = min(width, k + _TIE_MARGIN)
-    values, ids = torch.topk(values_NV, taken, dim=1)
-    by_id = ids.argsort(dim=1)
-    values, ids = values.gather(1, by_id), ids.gather(1, by_id)
-    by_value = values.argsort(dim=1, descending=True, stable=True)
-    values, ids = values.gather(1, by_value), ids.gather(1, by_value)
-    if taken < width:
-        open_ended = values[:, k - 1] == values[:, -1]
-        if bool(open_ended.any()):
-            order = values_NV[open_ended].argsort(dim=1, descending=True, stable=True)[:, :taken]
-            ids[open_ended] = order
-            values[open_ended] = values_NV[open_ended].gather(1, order)
-    return values[:, :k], ids[:, :k]
 
 
 def mean_of_rows(values: NDArray[np.floating[Any]], counts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -9,10 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache.invariants import check_rows
-from kdcache.teacher import masses
+from kdcache.teacher import masses, threshold_kernel
 from kdcache.teacher import select as module
 from kdcache.teacher.forward import length_buckets
-from kdcache.teacher.select import Selection, select, top_k
+from kdcache.teacher.select import Selection, select
+from kdcache.teacher.top_k import top_k
 from tests.reference import log_softmax
 
 T12 = (1.0, 2.0)
@@ -23,6 +24,14 @@ METHODS = {
     "random_sampling": Selection("random_sampling", (2.0,), draws=12),
     "ids_alone": Selection("threshold_sampling", (1.0,), floors=(0.05,), tail_logits=False),
 }
+
+
+@pytest.fixture(params=["compiled", "arrays"], scope="module", autouse=True)
+def way(request):
+    """Threshold sampling as the CPU does it, and as a GPU does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_is_compiled", lambda logits: request.param == "compiled")
+        yield request.param
 
 
 def run(logits, selection, seed=0):
@@ -272,6 +281,7 @@ def test_blocks_of_the_vocabulary_that_are_passed_over_hold_nothing_that_counts(
     for most in (-1.0, 2.0):  # look at every block, or never at more than is needed
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(masses, "_MOST", most)
+            patch.setattr(module, "_is_compiled", lambda logits: False)
             found.append(run(logits, selection, seed))
     for name in ("head", "head_ids", "head_logits", "rest"):
         assert np.array_equal(getattr(found[0], name), getattr(found[1], name)), name
@@ -281,8 +291,82 @@ def test_blocks_of_the_vocabulary_that_are_passed_over_hold_nothing_that_counts(
     assert same.sum() >= len(same) - max(2, len(same) // 50)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.sampled_from([1, 2, 255, 256, 257, 3000, 151_936]),
+    scale=st.sampled_from([0.0, 1.0, 3.0, 6.0, 40.0]),
+    temperatures=st.sampled_from([(1.0,), T12, (0.5, 1.0), (1.0, 3.0), (0.7, 1.0, 3.0)]),
+    floors=st.tuples(*[st.floats(0.001, 0.5)] * 3),
+)
+@example(seed=0, width=3000, scale=1.0, temperatures=T12, floors=(0.4, 0.002, 0.1))
+def test_the_compiled_pass_finds_what_the_arrays_do(seed, width, scale, temperatures, floors):
+    logits = randn(4, width, seed=seed, scale=scale)
+    logits[2:, width // 3 :] -= 8
+    selection = Selection("threshold_sampling", temperatures, floors=floors[: len(temperatures)])
+    found = []
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_is_compiled", lambda logits, compiled=compiled: compiled)
+            found.append(run(logits, selection, seed))
+    for row in range(4):
+        ours, theirs = (rows.slice(row, row + 1) for rows in found)
+        # Where rounding decides whether an entry reaches the floor, both may be right.
+        p = [probabilities(logits[row], t) for t in temperatures]
+        reach = np.max([q / f for q, f in zip(p, floors, strict=False)], axis=0)
+        differing = np.setxor1d(ours.head_ids, theirs.head_ids).astype(np.int64)
+        if scale > 0:
+            assert (np.abs(reach[differing] - (1 - 2.0**-10)) < 1e-4).all()
+        if not len(differing):
+            assert abs(ours.tail[0] - theirs.tail[0]) <= 1
+        # Nearer to the truth than float32 sums over a large vocabulary.
+        exact = log_softmax(logits[row].numpy())[int(logits[row].argmax())]
+        assert ours.label_log_prob[0] == pytest.approx(exact, abs=2e-5)
+        for q, rest in zip(p, ours.rest[0], strict=True):
+            inside = q[ours.head_ids].sum()
+            q[ours.head_ids] = 0.0
+            assert q.sum() < 1e-13 or rest == pytest.approx(np.log(q.sum() / inside), abs=3e-6)
+
+
+def test_the_compiled_exponentials_are_good_to_the_last_places():
+    for x in np.linspace(-86, -1, 400, dtype=np.float32):
+        row = torch.tensor([[0.0, float(x)]])
+        found = threshold_kernel.sample(row, (1.0,), (0.9,), np.zeros(1))
+        assert found.left[0, 0] == pytest.approx(np.exp(np.float64(x)), rel=3e-7)
+
+
+def test_threads_and_strides_change_nothing():
+    wide = randn(11, 700, seed=8)
+    numbers = np.random.default_rng(0).random(11)
+    alone = threshold_kernel.sample(wide[:, :600].contiguous(), T12, (0.02, 0.02), numbers)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 16):
+            torch.set_num_threads(threads)
+            for logits in (wide[:, :600], wide.T.contiguous().T[:, :600], wide.double()[:, :600]):
+                found = threshold_kernel.sample(logits, T12, (0.02, 0.02), numbers)
+                for name, ours, theirs in zip(found._fields, found, alone, strict=True):
+                    assert np.array_equal(ours, theirs), name
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_where_nothing_can_be_kept_every_process_compiles_for_itself(monkeypatch):
+    asked = []
+
+    def njit(**options):
+        asked.append(options.get("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(threshold_kernel, "njit", njit)
+    assert threshold_kernel._kept_compiled(len) is len
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
 def test_a_row_that_is_no_distribution_has_a_rest_that_is_not_finite(method, bad):
     logits = randn(3, 50, seed=7)
     clean = run(logits, METHODS[method])
