@@ -117,8 +117,8 @@ class MicroBatches(Dataset[Batch]):
         if (epoch, window) == self._announced:
             return
         self._announced = epoch, window
-        here = order.shards_of(window)
-        coming = order.shards_of(window + 1) if window + 1 < order.windows else []
+        here = order.shards_wanted(window)
+        coming = order.shards_wanted(window + 1) if window + 1 < order.windows else []
         self._split.read_ahead([*here, *(s for s in coming if s not in here)])
 
 

@@ -97,6 +97,14 @@ class EpochOrder:
         oldest, newest = max(0, window - self._parts + 1), min(window, len(self._shards) - 1)
         return [int(s) for s in self._shards[oldest : newest + 1]]
 
+    def shards_wanted(self, window: int) -> list[int]:
+        """As `shards_of`, without those whose sequences have all gone by: a shard of few has none left in its later windows."""
+        shards = self.shards_of(window)
+        if self._together > 1:
+            return shards
+        oldest = max(0, window - self._parts + 1)
+        return [s for place, s in enumerate(shards, start=oldest) if self._sizes[s] > window - place]
+
     def between(self, start: int, stop: int) -> Indices:
         """int64 ``[stop - start]``: indices in the split of the sequences at these places of the order."""
         if start >= stop:

@@ -171,10 +171,10 @@ def test_sizes_of_the_first_sequences_leave_out_shards_behind_them():
     assert first_sizes([5, 4, 3], 12) == [5, 4, 3]
 
 
-# Sequences one by one: a shard here holds three, and a larger batch could reach past what is kept.
-@pytest.mark.parametrize(("window", "workers"), [(1, 1), (2, 1), (3, 2), (8, 1), (8, 3)])
-@pytest.mark.parametrize("order", ["0" * 64, "1" * 64])
-def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypatch, window, workers, order):
+# Shards of three sequences have none left in the later ones of eight windows.
+@pytest.mark.parametrize(("window", "workers", "batch"), [(1, 1, 4), (2, 1, 4), (3, 2, 2), (8, 1, 1), (8, 1, 4), (8, 3, 1)])
+@pytest.mark.parametrize("order", ["0" * 64, "2" * 64, "u" * 64])
+def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypatch, window, workers, batch, order):
     monkeypatch.setattr(batches_module, "order_id", lambda cache: order)
     cache = open_cache(many_shards, keep=window + 2)
     split = cache["train"]
@@ -182,7 +182,7 @@ def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypat
     loads = []
     real = Cache.load
     monkeypatch.setattr(Cache, "load", lambda self, index: (loads.append(index), real(self, index))[1])
-    plan = BatchPlan(len(split), 1, 1)
+    plan = BatchPlan(len(split), batch, 1)
     for worker in range(workers):
         loads.clear()
         batches = MicroBatches(
@@ -191,9 +191,10 @@ def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypat
         needed = set()
         for number in range(worker, plan.micro_batches, workers):
             needed |= {split.shards[bisect_right(split.starts, i) - 1] for i in batches[0, number]["i"]}
-        # What is still being read ahead.
-        assert cache._reader is not None
-        cache._reader.shutdown()
+        # What is still being read ahead. Nothing may be where a batch reaches past a window of small shards by itself.
+        assert cache._reader is not None or batch > 1
+        if cache._reader is not None:
+            cache._reader.shutdown()
         # A shard that the other workers alone need may be passed before its turn to be read ahead came.
         assert needed <= set(loads) <= set(split.shards)
         assert len(loads) == len(set(loads))
