@@ -5,11 +5,12 @@ Four methods. ``top_k``: the k largest. ``threshold``: all whose probability rea
 entry standing for the floor (Poisson's inclusion probabilities, drawn systematically: one uniform number per row, placed
 along the cumulated tail; Madow 1949). ``random_sampling``: draws with replacement (RS-KD, Anshumann et al., ACL 2025).
 
-Threshold sampling on the CPU is compiled and reads each row once (`threshold_kernel`). Elsewhere, per row of V logits at T and
+Threshold sampling on the CPU is compiled and reads each row once (`threshold_sampling`). Elsewhere, per row of V logits at T and
 2 T: one softmax, one sum and one sum of squares by blocks of the vocabulary, and a look at the blocks that can hold something
 (`masses`); no sort. On the CPU some rows go at once, in memory that stays in the processor's cache.
 
-Axes: ``N`` positions, ``C`` positions of a block, ``V`` vocabulary, ``K`` kept entries, ``B`` temperatures, ``D`` draws.
+Axes: ``N`` positions, ``C`` positions of a block, ``V`` vocabulary, ``B`` temperatures, ``D`` draws, ``H`` entries kept, ``M``
+drawn, ``U`` distinct ones drawn with replacement.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def select(
         Rows on the CPU. Entries with probability zero are never kept. A row with NaN or +inf logits has
         non-finite numbers; the caller knows which sequence that is.
     """
-    wanted = selection.uniforms
+    logits_NV, wanted = logits_NV.detach().float(), selection.uniforms
     if wanted and (uniforms_ND is None or uniforms_ND.shape != (len(labels_N), wanted)):
         raise ValueError(f"{selection.method} needs {wanted} uniform numbers per row")
     if selection.method == "threshold_sampling" and uniforms_ND is not None and _is_compiled(logits_NV):
@@ -122,24 +123,26 @@ def _select_compiled(
 ) -> Selected:
     """Threshold sampling by the compiled pass."""
     # A GPU does without the compiler.
-    from kdcache.teacher.threshold_kernel import sample
+    from kdcache.teacher.threshold_sampling import sample
 
     found = sample(logits_NV, selection.temperatures, selection.floors, uniforms_N)
     maximum_N = torch.from_numpy(found.maximum)
     if 1.0 in selection.temperatures:
         partition_N = torch.from_numpy(found.partition[:, selection.temperatures.index(1.0)])
-        log_z_N = maximum_N + partition_N.log().float()
+        log_partition_N = partition_N.log().float()
     else:
         log_z_N = torch.cat([torch.logsumexp(logits_NV[block], dim=1) for block in _blocks(logits_NV)])
+        log_partition_N = log_z_N - maximum_N
     number_N = torch.arange(len(labels_N))
     row_H, row_M = (torch.repeat_interleave(number_N, torch.from_numpy(c)) for c in (found.head, found.tail))
     kept = _Kept(
-        row_H, torch.from_numpy(found.head_ids).long(), row_M, torch.from_numpy(found.tail_ids).long(), maximum_N, log_z_N,
-        torch.from_numpy(found.left / found.inside).float(),
+        row_H, torch.from_numpy(found.head_ids).long(), row_M, torch.from_numpy(found.tail_ids).long(), maximum_N,
+        log_partition_N, torch.from_numpy(found.left / found.inside).float(),
     )  # fmt: skip
     entropy_N = torch.zeros_like(maximum_N)
     if selection.entropy:
-        entropy_N = torch.cat([_entropy(logits_NV[block], log_z_N[block]) for block in _blocks(logits_NV)])
+        parts = [_entropy(logits_NV[b], maximum_N[b], log_partition_N[b]) for b in _blocks(logits_NV)]
+        entropy_N = torch.cat(parts)
     return Selected(_rows(logits_NV, labels_N, selection, kept), _numpy(entropy_N))
 
 
@@ -158,8 +161,10 @@ def _select_block(
     maximum_C = minimum_C.scatter_reduce(0, row_H, logit_H, "amax")
     # A not-a-number must not be lost among the others.
     maximum_C = torch.where(torch.isnan(logits_CV[:, 0]), torch.nan, maximum_C)
-    log_z_C = _log_partition_at_one(logits_CV, masses, row_H, id_H, maximum_C)
-    entropy_C = _entropy(logits_CV, log_z_C) if selection.entropy else torch.zeros_like(maximum_C)
+    log_partition_C = _log_partition_at_one(logits_CV, masses, row_H, id_H, maximum_C)
+    entropy_C = torch.zeros_like(maximum_C)
+    if selection.entropy:
+        entropy_C = _entropy(logits_CV, maximum_C, log_partition_C)
     inside_CB = torch.stack(
         [
             # In double precision the order of adding, which a GPU leaves open, leaves no trace.
@@ -176,20 +181,20 @@ def _select_block(
     rest_CB = masses.left() / inside_CB
     if selection.method == "threshold_sampling" and inclusion is not None and uniforms_CD is not None:
         row_M, id_M = inclusion.draw(uniforms_CD[:, 0], (row_H, id_H))
-    kept = _Kept(row_H, id_H, row_M, id_M, maximum_C, log_z_C, rest_CB, counts_H, counts_M)
+    kept = _Kept(row_H, id_H, row_M, id_M, maximum_C, log_partition_C, rest_CB, counts_H, counts_M)
     return Selected(_rows(logits_CV, labels_C, selection, kept), _numpy(entropy_C))
 
 
 class _Kept(NamedTuple):
-    """What of rows is kept (``H``) and drawn (``M``): rows and ids, how often where that counts, the largest logit, the log
-    partition at T = 1, and what is left over what is kept."""
+    """What of rows is kept and drawn: rows and ids (int64 ``[H]`` and ``[M]``), how often where that counts; the largest logit
+    and the log-partition at T = 1 relative to it (float32 ``[N]``); and what is left over what is kept (float32 ``[N, B]``)."""
 
     row_H: torch.Tensor
     id_H: torch.Tensor
     row_M: torch.Tensor
     id_M: torch.Tensor
     maximum_N: torch.Tensor
-    log_z_N: torch.Tensor
+    log_partition_N: torch.Tensor
     rest_NB: torch.Tensor
     counts_H: torch.Tensor | None = None
     counts_M: torch.Tensor | None = None
@@ -201,7 +206,7 @@ def _rows(logits_NV: torch.Tensor, labels_N: torch.Tensor, selection: Selection,
     tail_logits = _numpy(logits_NV[kept.row_M, kept.id_M] - kept.maximum_N[kept.row_M])
     if not selection.tail_logits:
         tail_logits = mean_of_rows(tail_logits, tail).astype(np.float32)
-    label_N = logits_NV.gather(1, labels_N[:, None]).squeeze(1) - kept.log_z_N
+    label_N = logits_NV.gather(1, labels_N[:, None]).squeeze(1) - kept.maximum_N - kept.log_partition_N
     return SparseRows(
         head=head,
         tail=tail,
@@ -217,9 +222,9 @@ def _rows(logits_NV: torch.Tensor, labels_N: torch.Tensor, selection: Selection,
     )
 
 
-def _entropy(logits_CV: torch.Tensor, log_z_C: torch.Tensor) -> torch.Tensor:
+def _entropy(logits_CV: torch.Tensor, maximum_C: torch.Tensor, log_partition_C: torch.Tensor) -> torch.Tensor:
     """Entropy at T = 1 in nats."""
-    log_p_CV = logits_CV - log_z_C[:, None]
+    log_p_CV = logits_CV - (maximum_C + log_partition_C)[:, None]
     # Probabilities of 0 have logit -inf; 0 * inf is nothing here.
     return -torch.where(log_p_CV > -torch.inf, log_p_CV.exp() * log_p_CV, 0.0).sum(dim=1)
 
@@ -227,11 +232,11 @@ def _entropy(logits_CV: torch.Tensor, log_z_C: torch.Tensor) -> torch.Tensor:
 def _log_partition_at_one(
     logits_CV: torch.Tensor, masses: Masses, row_H: torch.Tensor, id_H: torch.Tensor, maximum_C: torch.Tensor
 ) -> torch.Tensor:
-    """log sum exp of the logits; from the largest entry's probability where T = 1 is declared."""
+    """log sum exp of the logits less the largest; from that one's probability where T = 1 is declared."""
     log_p_H = masses.log_largest_at_one(row_H, id_H)
     if log_p_H is None:
-        return torch.logsumexp(logits_CV, dim=1)
-    return maximum_C - torch.full_like(maximum_C, -torch.inf).scatter_reduce(0, row_H, log_p_H, "amax")
+        return torch.logsumexp(logits_CV, dim=1) - maximum_C
+    return -torch.full_like(maximum_C, -torch.inf).scatter_reduce(0, row_H, log_p_H, "amax")
 
 
 def _head(

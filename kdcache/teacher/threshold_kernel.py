@@ -1,15 +1,15 @@
-"""Threshold sampling on the CPU, compiled: each row of logits is read from memory once.
+"""Threshold sampling on the CPU, compiled: what `threshold_sampling` runs on rows of logits.
 
-What torch does in a pass over the vocabulary for each step, each through main memory, is done here block by block while a
-block is in the processor's first cache: its largest logit, and the sum of its exponentials at every declared temperature
-(one exponential for two where one temperature is twice the other). No probabilities are written. A block whose largest
-entry lies below the floors holds nothing that is kept, and only the others are looked at entry by entry; a draw finds its
-block first, and its entry there. `masses` is the same by whole arrays, for GPUs; tests hold one against the other.
+A row is read from memory once, block by block while a block is in the processor's first cache: its largest logit, and the
+sum of its exponentials at every declared temperature (one exponential for two where one temperature is twice the other). No
+probabilities are written. A block whose largest entry lies below the floors holds nothing that is kept; only the others, and
+those that a draw falls on, are looked at entry by entry. Flat rows have more of the former, and take longer.
 
 Sums of a block are float32, sums of blocks float64. Exponentials: Cephes' polynomial for float32 (Moshier 1989), good to
-two units in the last place; 0 below exp(-87).
+3e-7; 0 below exp(-87). Logits are compared as differences to the row's largest, which are exact where it matters.
 
-Axes: ``N`` positions, ``V`` vocabulary, ``G`` blocks of the vocabulary, ``B`` temperatures, ``H`` entries kept, ``M`` drawn.
+Axes: ``W`` entries of a block. Everything the compiled code depends on stands in this file or is an argument: what is kept
+on disk is told by this file's date.
 """
 
 # The compiler's decorators carry no types.
@@ -17,24 +17,18 @@ Axes: ``N`` positions, ``V`` vocabulary, ``G`` blocks of the vocabulary, ``B`` t
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
-from numpy.typing import NDArray
 
-from kdcache.teacher.masses import CERTAIN
-
-# Entries of a block: they stay in the first cache between the two looks at them.
+# Entries of a block: they stay in the first cache from the largest of them to their sum.
 _WIDTH = 256
-# Nats by which the bound of the blocks that are passed over is lowered, for rounding.
+# By how much lower a logit's distance from the largest has to be for its block to be passed over, for rounding.
 _MARGIN = 1e-3
 
 # The order of sums is free and products may be fused; not-a-number and infinity are what they are.
-_MATH = {"reassoc", "contract", "nsz", "arcp"}
+MATH = {"reassoc", "contract", "nsz", "arcp"}
 _LOWEST = np.float32(-87.0)
 _LOG2_E = np.float32(1.4426950408889634)
 # log 2 in two parts, the first exact in few bits, so that k times it is exact.
@@ -47,79 +41,7 @@ _WITHOUT_SIGN, _INFINITY_BITS = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 _LEAST_INT, _LEAST_FLOAT = np.int32(-(2**31)), np.float32(np.finfo(np.float32).min)
 
 
-class Sampled(NamedTuple):
-    """What is kept and drawn of rows, ids rising within a row.
-
-    Attributes:
-        head, tail: int64 ``[N]``, entries kept and drawn per row.
-        head_ids, tail_ids: int32 ``[H]`` and ``[M]``.
-        maximum: float32 ``[N]``, the largest logit; NaN in a row with NaN or +inf logits or nothing but -inf.
-        partition: float64 ``[N, B]``, sum of exp((logit - maximum) / T).
-        inside, left: float64 ``[N, B]``, the partition's part of the entries kept, and of all others, each summed.
-    """
-
-    head: NDArray[np.int64]
-    tail: NDArray[np.int64]
-    head_ids: NDArray[np.int32]
-    tail_ids: NDArray[np.int32]
-    maximum: NDArray[np.float32]
-    partition: NDArray[np.float64]
-    inside: NDArray[np.float64]
-    left: NDArray[np.float64]
-
-
-def sample(
-    logits_NV: torch.Tensor,
-    temperatures: tuple[float, ...],
-    floors: tuple[float, ...],
-    uniforms_N: NDArray[np.float64],
-) -> Sampled:
-    """Keep every entry whose probability reaches a temperature's floor, and draw from the others by size.
-
-    An entry is included with probability ``max_b p_b / floor_b``, drawn systematically: points one apart, shifted by the
-    row's uniform number, fall on the cumulated probabilities (Madow 1949). A row's largest entry is always kept. Rows are
-    shared out among ``torch.get_num_threads()`` threads; the result does not depend on how many.
-
-    Args:
-        logits_NV: float32, on the CPU.
-        temperatures: ascending.
-        floors: one per temperature.
-        uniforms_N: float64 in [0, 1).
-    """
-    count, width = logits_NV.shape
-    logits_NV = logits_NV.detach()
-    if logits_NV.stride(1) != 1 or logits_NV.dtype != torch.float32:
-        logits_NV = logits_NV.to(torch.float32).contiguous()
-    # No row keeps or draws more than its floors leave room for.
-    room = min(width, sum(int(1.0 / (f * CERTAIN)) + 2 for f in floors))
-    inverse = np.array([1.0 / t for t in temperatures], np.float32)
-    floors_B = np.array(floors, np.float64)
-    squared = temperatures == (temperatures[-1] / 2, temperatures[-1])
-
-    def part(rows: slice) -> Sampled:
-        chunk = logits_NV[rows]
-        size = len(chunk)
-        flat = chunk.as_strided(((size - 1) * chunk.stride(0) + width if size else 0,), (1,)).numpy()
-        found = Sampled(
-            np.empty(size, np.int64), np.empty(size, np.int64),
-            np.empty(size * room, np.int32), np.empty(size * room, np.int32), np.empty(size, np.float32),
-            *(np.empty((size, len(floors)), np.float64) for _ in range(3)),
-        )  # fmt: skip
-        _sample(flat, flat.view(np.int32), chunk.stride(0), width, inverse, floors_B, squared, uniforms_N[rows], *found)
-        return found._replace(
-            head_ids=found.head_ids[: found.head.sum()].copy(), tail_ids=found.tail_ids[: found.tail.sum()].copy()
-        )
-
-    threads = max(1, min(torch.get_num_threads(), count))
-    ranges = [slice(a, b) for a, b in pairwise(count * i // threads for i in range(threads + 1))]
-    if threads == 1:
-        return part(ranges[0])
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(part, ranges))
-    return Sampled(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-@njit(inline="always", fastmath=_MATH)
+@njit(inline="always", fastmath=MATH)
 def _exp(x: Any) -> Any:
     """exp of a float32 of at most about 0, as float32."""
     y = x if x > _LOWEST else _LOWEST
@@ -152,7 +74,7 @@ def _extremes(bits_W: Any) -> Any:
     return largest, magnitude
 
 
-@njit(fastmath=_MATH)
+@njit(fastmath=MATH)
 def _sum_of_exp(logits_W: Any, reference: Any, inverse: Any) -> Any:
     """Sum of a block's exponentials, and of their squares."""
     total, squares = _ZERO, _ZERO
@@ -163,47 +85,61 @@ def _sum_of_exp(logits_W: Any, reference: Any, inverse: Any) -> Any:
     return total, squares
 
 
-@njit(fastmath=_MATH)
+@njit(fastmath=MATH)
 def _look(
-    logits_W: Any, maximum: Any, inverse: Any, scale: Any, below: Any, alone: int, reach_W: Any, sums: Any, g: int
-) -> Any:
-    """A block without the entries that are kept: ``below`` this logit, and not ``alone``.
+    logits_W: Any, maximum: Any, inverse: Any, squared: bool, scale: Any, below: Any, alone: int, reach_W: Any,
+    sums: Any, g: int,
+) -> Any:  # fmt: skip
+    """A block without the entries that are kept: those that lie less than ``below`` over the maximum, and not ``alone``.
 
     Fills ``reach_W`` with inclusion probabilities, and ``sums[:, g]``; returns the sum of the former.
     """
-    count = logits_W.shape[0]
-    for j in range(count):
+    included = _ZERO
+    if squared:
+        total, squares, factor, factor_0 = _ZERO, _ZERO, np.float32(scale[1]), np.float32(scale[0])
+        for j in range(logits_W.shape[0]):
+            distance = logits_W[j] - maximum
+            e = _exp(distance * inverse[1])
+            e = e if distance < below and j != alone else _ZERO
+            total += e
+            squares += e * e
+            reach_W[j] = e * max(factor, e * factor_0)
+            included += reach_W[j]
+        sums[0, g], sums[1, g] = squares, total
+        return included
+    for j in range(logits_W.shape[0]):
         reach_W[j] = _ZERO
     for b in range(len(inverse)):
-        total, factor, rate = _ZERO, np.float32(scale[b]), inverse[b]
-        for j in range(count):
-            e = _exp((logits_W[j] - maximum) * rate)
-            e = e if logits_W[j] < below else _ZERO
-            e = e if j != alone else _ZERO
+        total, factor = _ZERO, np.float32(scale[b])
+        for j in range(logits_W.shape[0]):
+            distance = logits_W[j] - maximum
+            e = _exp(distance * inverse[b])
+            e = e if distance < below and j != alone else _ZERO
             total += e
             reach_W[j] = max(reach_W[j], e * factor)
         sums[b, g] = total
-    included = _ZERO
-    for j in range(count):
+    for j in range(logits_W.shape[0]):
         included += reach_W[j]
     return included
 
 
-def _kept_compiled(function: Any) -> Any:
-    """Compiled at the first call; what came out is kept for other processes where there is a place that can be written."""
-    try:
-        return njit(nogil=True, fastmath=_MATH, cache=True)(function)
-    except RuntimeError:
-        # Neither beside this file nor in the user's folder for such things: every process compiles for itself.
-        return njit(nogil=True, fastmath=_MATH)(function)
-
-
-@_kept_compiled
-def _sample(
-    flat: Any, bits: Any, stride: int, width: int, inverse: Any, floors: Any, squared: bool, uniforms: Any,
-    head: Any, tail: Any, head_ids: Any, tail_ids: Any, maxima: Any, partition: Any, inside: Any, left: Any,
+def sample_rows(
+    flat: Any, bits: Any, stride: int, width: int, inverse: Any, floors: Any, squared: bool, certain: float,
+    uniforms: Any, head: Any, tail: Any, head_ids: Any, tail_ids: Any, maxima: Any, partition: Any, inside: Any, left: Any,
 ) -> None:  # fmt: skip
-    """`sample` on rows ``stride`` apart in ``flat``; ``bits`` is the same memory as integers. Fills what follows ``uniforms``."""
+    """Threshold sampling of rows, to be compiled as `threshold_sampling` does; fills what follows ``uniforms``.
+
+    Args:
+        flat: float32, the logits; row ``i`` starts at ``i * stride`` and has ``width`` of them. ``bits``: the same memory as int32.
+        inverse: float32, one over each temperature, falling; ``floors``: float64, one for each.
+        squared: whether there are two temperatures, the second twice the first.
+        certain: an entry of this inclusion probability is kept.
+        uniforms: float64, one per row.
+        head, tail, head_ids, tail_ids, maxima, partition, inside, left: as `threshold_sampling.Sampled` names them.
+
+    Raises:
+        IndexError: a row has more entries than ``head_ids`` or ``tail_ids`` has room for.
+    """
     temperatures, blocks = len(inverse), (width + _WIDTH - 1) // _WIDTH
     top = temperatures - 1
     sums = np.empty((temperatures, blocks), np.float32)
@@ -246,26 +182,30 @@ def _sample(
         # that includes (its share falls beside the others' as the logit rises), and a block's sum there is all there is to know.
         kept_above, simple_below = np.inf, np.inf
         for b in range(temperatures):
-            kept_above = min(kept_above, np.log(CERTAIN / scale[b]) / inverse[b])
+            kept_above = min(kept_above, np.log(certain / scale[b]) / inverse[b])
             if b < top:
                 simple_below = min(simple_below, np.log(scale[top] / scale[b]) / (inverse[b] - inverse[top]))
-        simple = np.float32(maximum + min(simple_below, kept_above) - _MARGIN)
-        keep = np.float32(maximum + kept_above)
+        simple, keep = np.float32(min(simple_below, kept_above) - _MARGIN), np.float32(kept_above)
         first_head, alone = heads, -1
-        if maximum < keep:
+        if keep > _ZERO:
+            # Not even the largest is likely enough; it is kept alone.
             for j in range(width):
                 if row[j] == maximum:
                     alone = j
                     break
-            simple = min(simple, maximum)
+            simple = min(simple, _ZERO)
         for g in range(blocks):
-            if largest[g] < simple:
+            if largest[g] - maximum < simple:
                 included[g] = sums[top, g] * scale[top]
                 continue
             start, stop = g * _WIDTH, min((g + 1) * _WIDTH, width)
-            included[g] = _look(row[start:stop], maximum, inverse, scale, keep, alone - start, reach_W, sums, g)
+            included[g] = _look(
+                row[start:stop], maximum, inverse, squared, scale, keep, alone - start, reach_W, sums, g
+            )
             for j in range(start, stop):
-                if row[j] >= keep or j == alone:
+                if row[j] - maximum >= keep or j == alone:
+                    if heads == len(head_ids):
+                        raise IndexError("more entries are kept than there is room for")
                     head_ids[heads] = j
                     heads += 1
                     for b in range(temperatures):
@@ -279,20 +219,18 @@ def _sample(
             after = before + included[g]
             if point <= after:
                 start, stop = g * _WIDTH, min((g + 1) * _WIDTH, width)
-                _look(row[start:stop], maximum, inverse, scale, keep, alone - start, reach_W, sums, g)
+                _look(row[start:stop], maximum, inverse, squared, scale, keep, alone - start, reach_W, sums, g)
                 cumulated, last = before, -1
                 for j in range(stop - start):
                     if reach_W[j] > 0.0:
                         cumulated += reach_W[j]
                         last = start + j
-                        if point <= min(cumulated, after):
-                            tail_ids[tails] = last
-                            tails += 1
-                            point += 1.0
-                # What rounding leaves over falls on the block's last entry that has any probability.
-                if point <= after and last >= 0 and (tails == first_tail or tail_ids[tails - 1] != last):
-                    tail_ids[tails] = last
-                    tails += 1
-                    point += 1.0
+                    # What rounding leaves over falls on the block's last entry that has any probability.
+                    if last >= 0 and (point <= cumulated or (j == stop - start - 1 and point <= after)):
+                        if tails == len(tail_ids):
+                            raise IndexError("more entries are drawn than there is room for")
+                        tail_ids[tails] = last
+                        tails += 1
+                        point += 1.0
             before = after
         head[i], tail[i] = heads - first_head, tails - first_tail

@@ -1,4 +1,7 @@
-"""The largest entries of rows, the same ones on any machine."""
+"""The largest entries of rows, the same ones on any machine.
+
+Axes: ``N`` rows, ``V`` vocabulary, ``K`` entries of a row.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ _TIE_MARGIN = 32
 def top_k(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` largest of each row, largest first, equal values by lowest id: the same on any machine.
 
-    ``torch.topk`` breaks ties as it likes. A few more than ``k`` are taken and sorted stably; only rows
+    float32 ``[N, V]`` -> values and int64 ids, ``[N, K]``. ``torch.topk`` breaks ties as it likes. A few more than ``k`` are taken and sorted stably; only rows
     whose tie reaches past those are sorted whole.
     """
     width = values_NV.shape[1]
@@ -31,9 +34,10 @@ def top_k(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values[:, :k], ids[:, :k]
 
 
-def largest(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and ids of the k largest entries whose probability is not 0; the first in any case."""
-    values_CK, ids_CK = top_k(logits_CV, min(k, logits_CV.shape[1]))
-    there_CK = values_CK > -torch.inf
-    there_CK[:, :1] = True
-    return there_CK.nonzero(as_tuple=True)[0], ids_CK[there_CK]
+def largest(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and ids (int64 ``[K of all rows]``, largest first in a row) of the k largest entries whose probability is not 0; the
+    first in any case."""
+    values_NK, ids_NK = top_k(logits_NV, min(k, logits_NV.shape[1]))
+    there_NK = values_NK > -torch.inf
+    there_NK[:, :1] = True
+    return there_NK.nonzero(as_tuple=True)[0], ids_NK[there_NK]

@@ -172,7 +172,9 @@ def test_sizes_of_the_first_sequences_leave_out_shards_behind_them():
 
 
 # Shards of three sequences have none left in the later ones of eight windows.
-@pytest.mark.parametrize(("window", "workers", "batch"), [(1, 1, 4), (2, 1, 4), (3, 2, 2), (8, 1, 1), (8, 1, 4), (8, 3, 1)])
+@pytest.mark.parametrize(
+    ("window", "workers", "batch"), [(1, 1, 4), (2, 1, 4), (3, 2, 2), (8, 1, 1), (8, 1, 4), (8, 3, 1)]
+)
 @pytest.mark.parametrize("order", ["0" * 64, "2" * 64, "u" * 64])
 def test_every_shard_is_read_once_an_epoch_by_each_worker(many_shards, monkeypatch, window, workers, batch, order):
     monkeypatch.setattr(batches_module, "order_id", lambda cache: order)

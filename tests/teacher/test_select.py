@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache.invariants import check_rows
-from kdcache.teacher import masses, threshold_kernel
+from kdcache.teacher import masses, threshold_sampling
 from kdcache.teacher import select as module
 from kdcache.teacher.forward import length_buckets
 from kdcache.teacher.select import Selection, select
@@ -26,12 +26,15 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=["compiled", "arrays"], scope="module", autouse=True)
+@pytest.fixture(params=["compiled", "arrays"], scope="module")
 def way(request):
     """Threshold sampling as the CPU does it, and as a GPU does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_is_compiled", lambda logits: request.param == "compiled")
         yield request.param
+
+
+both_ways = pytest.mark.usefixtures("way")
 
 
 def run(logits, selection, seed=0):
@@ -109,6 +112,7 @@ def test_threshold_keeps_what_reaches_the_floor_at_any_temperature_up_to_the_cap
     assert rows.head.max() == 14
 
 
+@both_ways
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["equal", "one_hot", "masked", "huge", "one_id"])
 def test_adversarial_rows(name, method):
@@ -133,6 +137,7 @@ def test_k_as_large_as_the_vocabulary_keeps_everything():
     assert np.allclose(rows.kept_mass(), 1.0, atol=1e-12)
 
 
+@both_ways
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -180,6 +185,7 @@ def mean_weights(rows, temperature, width):
 
 
 # A row of many blocks of the vocabulary, most of which hold nothing that comes near a floor, and one of a single block.
+@both_ways
 @pytest.mark.parametrize("width", [60, 1500])
 @pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), T12, (0.7, 1.0, 3.0)])
 def test_threshold_sampling_is_unbiased_for_every_entry_at_every_temperature(temperatures, width):
@@ -228,6 +234,7 @@ def test_random_sampling_draws_by_probability(temperature):
     assert mean_weights(rows, temperature, width) == pytest.approx(drawn / (GRID * draws) * partition, rel=1e-4)
 
 
+@both_ways
 def test_drawn_ids_alone_share_the_mean_of_their_logits():
     logits = randn(20, 100, seed=4)
     own = run(logits, Selection("threshold_sampling", (1.0,), floors=(0.05,)))
@@ -241,6 +248,7 @@ def test_drawn_ids_alone_share_the_mean_of_their_logits():
     assert np.allclose(weights, np.log(0.05), atol=1e-5)
 
 
+@both_ways
 def test_entropy_is_the_teachers_and_only_where_asked_for():
     logits = randn(20, 100, seed=5)
     logits[:, 7] = -torch.inf
@@ -255,6 +263,7 @@ def test_entropy_is_the_teachers_and_only_where_asked_for():
     assert not select(logits, labels, Selection("top_k", (1.0,))).entropy.any()
 
 
+@both_ways
 @pytest.mark.parametrize("method", METHODS)
 def test_blocks_of_rows_are_as_one_block(method, monkeypatch):
     logits = randn(23, 301, seed=6)
@@ -331,46 +340,102 @@ def test_the_compiled_pass_finds_what_the_arrays_do(seed, width, scale, temperat
 def test_the_compiled_exponentials_are_good_to_the_last_places():
     for x in np.linspace(-86, -1, 400, dtype=np.float32):
         row = torch.tensor([[0.0, float(x)]])
-        found = threshold_kernel.sample(row, (1.0,), (0.9,), np.zeros(1))
+        found = threshold_sampling.sample(row, (1.0,), (0.9,), np.zeros(1))
         assert found.left[0, 0] == pytest.approx(np.exp(np.float64(x)), rel=3e-7)
 
 
 def test_threads_and_strides_change_nothing():
     wide = randn(11, 700, seed=8)
     numbers = np.random.default_rng(0).random(11)
-    alone = threshold_kernel.sample(wide[:, :600].contiguous(), T12, (0.02, 0.02), numbers)
+    alone = threshold_sampling.sample(wide[:, :600].contiguous(), T12, (0.02, 0.02), numbers)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3, 16):
             torch.set_num_threads(threads)
-            for logits in (wide[:, :600], wide.T.contiguous().T[:, :600], wide.double()[:, :600]):
-                found = threshold_kernel.sample(logits, T12, (0.02, 0.02), numbers)
+            for logits in (wide[:, :600], wide.T.contiguous().T[:, :600]):
+                found = threshold_sampling.sample(logits, T12, (0.02, 0.02), numbers)
                 for name, ours, theirs in zip(found._fields, found, alone, strict=True):
                     assert np.array_equal(ours, theirs), name
     finally:
         torch.set_num_threads(before)
 
 
-def test_where_nothing_can_be_kept_every_process_compiles_for_itself(monkeypatch):
-    asked = []
+@both_ways
+@pytest.mark.parametrize("temperatures", [T12, (2.0,)])
+def test_logits_of_other_types_are_taken_as_float32(temperatures):
+    selection = Selection("threshold_sampling", temperatures, floors=(0.02,) * len(temperatures))
+    logits = randn(5, 300, seed=9).bfloat16()
+    expected = run(logits.float(), selection)
+    for other in (logits, logits.double(), logits.float().requires_grad_()):
+        found = run(other, selection)
+        check_rows(found)
+        for field in dataclasses.fields(expected):
+            assert np.array_equal(getattr(found, field.name), getattr(expected, field.name)), field.name
 
-    def njit(**options):
-        asked.append(options.get("cache", False))
-        if asked[-1]:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: function
 
-    monkeypatch.setattr(threshold_kernel, "njit", njit)
-    assert threshold_kernel._kept_compiled(len) is len
+@pytest.mark.parametrize("fault", [RuntimeError("no locator available"), OSError("no space left"), EOFError()])
+def test_where_nothing_can_be_kept_a_process_compiles_for_itself(monkeypatch, fault):
+    asked, real = [], threshold_sampling.njit
+
+    def njit(*signature, cache=False, **options):
+        asked.append(cache)
+        if cache:
+            raise fault
+        return real(*signature, **options)
+
+    expected = threshold_sampling.sample(randn(3, 50), T12, (0.05, 0.05), np.full(3, 0.5))
+    monkeypatch.setattr(threshold_sampling, "njit", njit)
+    threshold_sampling._compiled.cache_clear()
+    found = threshold_sampling.sample(randn(3, 50), T12, (0.05, 0.05), np.full(3, 0.5))
+    threshold_sampling._compiled.cache_clear()
     assert asked == [True, False]
+    assert np.array_equal(found.tail_ids, expected.tail_ids)
 
 
+def test_entries_without_room_are_refused_and_not_written():
+    kernel, room = threshold_sampling._compiled(), np.empty(1, np.int32)
+    flat = torch.zeros(40).numpy()
+    for uniform, floor in ((0.5, 0.02), (0.0, 0.5)):
+        numbers = [np.empty(1, np.int64), np.empty(1, np.int64), room[:0], room[:0], np.empty(1, np.float32)]
+        numbers += [np.empty((1, 1)) for _ in range(3)]
+        if floor > 1 / 40:  # the largest alone is kept, and there is room for it
+            numbers[2] = room
+        with pytest.raises(IndexError, match="kept" if floor < 1 / 40 else "drawn"):
+            kernel(
+                flat, flat.view(np.int32), 40, 40, np.ones(1, np.float32), np.array([floor]), False, 1.0,
+                np.array([uniform]), *numbers,
+            )  # fmt: skip
+
+
+# Bounds taken as logits, and not as distances to the largest, are rounded away where that is large or the temperature low.
+@both_ways
+@pytest.mark.parametrize(
+    ("value", "temperatures"),
+    [(-1e9, T12), (1e8, (1.0,)), (float(torch.finfo(torch.float32).min), T12), (6.0, (1e-5, 2e-5)), (30.0, (1e-5,))],
+)
+@pytest.mark.parametrize("one", [0.0, -8.0])
+def test_rows_far_from_zero_keep_no_more_than_their_floors_leave_room_for(value, temperatures, one):
+    logits = torch.full((3, 2000), value)
+    logits[1, 7] = torch.nextafter(logits[1, 7], torch.tensor(torch.inf))
+    logits[2] += torch.tensor(one)
+    logits[2, 9] = value
+    for floor in (0.05, 0.01, 0.001):
+        rows = run(logits, Selection("threshold_sampling", temperatures, floors=(floor,) * len(temperatures)))
+        check_rows(rows)
+        for row in range(3):
+            own, p = rows.slice(row, row + 1), probabilities(logits[row], temperatures[0])
+            reach = max(q.max() for q in (p, probabilities(logits[row], temperatures[-1]))) / floor
+            assert own.head[0] <= 1 / (floor * (1 - 2.0**-9)) * len(temperatures) + 1
+            assert reach >= 0.9 or own.head[0] == 1
+
+
+@both_ways
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_no_distribution_has_a_rest_that_is_not_finite(method, bad):
     logits = randn(3, 50, seed=7)
     clean = run(logits, METHODS[method])
-    logits[1, 11] = bad
+    logits[1, slice(None) if bad == -torch.inf else 11] = bad
     rows = run(logits, METHODS[method])
     assert np.isfinite(rows.rest).all(axis=1).tolist() == [True, False, True]
     for row in (0, 2):
@@ -384,6 +449,7 @@ def test_draws_without_their_numbers_are_refused(method):
         select(randn(2, 9), torch.zeros(2, dtype=torch.int64), METHODS[method])
 
 
+@both_ways
 @pytest.mark.parametrize("method", METHODS)
 def test_no_rows_are_no_rows(method):
     selection = METHODS[method]
