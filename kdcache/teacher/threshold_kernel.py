@@ -24,6 +24,8 @@ from numba import njit
 
 # Entries of a block: they stay in the first cache from the largest of them to their sum.
 _WIDTH = 256
+# Entries that a draw goes past at a time.
+_STEP = 32
 # By how much lower a logit's distance from the largest has to be for its block to be passed over, for rounding.
 _MARGIN = 1e-3
 
@@ -123,6 +125,26 @@ def _look(
     return included
 
 
+@njit(fastmath=MATH)
+def _next(reach_W: Any, first: int, count: int, cumulated: float, point: float) -> Any:
+    """Place of the entry on which the point falls, from ``first`` on, or ``count`` where it falls on none; and the sum so far."""
+    j = first
+    while j < count:
+        if j % _STEP == 0 and j + _STEP <= count:
+            step: Any = _ZERO
+            for k in range(j, j + _STEP):
+                step += reach_W[k]
+            if cumulated + step < point:
+                cumulated += step
+                j += _STEP
+                continue
+        cumulated += reach_W[j]
+        if reach_W[j] > 0.0 and point <= cumulated:
+            return j, cumulated
+        j += 1
+    return count, cumulated
+
+
 def sample_rows(
     flat: Any, bits: Any, stride: int, width: int, inverse: Any, floors: Any, squared: bool, certain: float,
     uniforms: Any, head: Any, tail: Any, head_ids: Any, tail_ids: Any, maxima: Any, partition: Any, inside: Any, left: Any,
@@ -145,7 +167,8 @@ def sample_rows(
     sums = np.empty((temperatures, blocks), np.float32)
     largest, reference = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     included, scale = np.empty(blocks, np.float32), np.empty(temperatures, np.float64)
-    reach_W = np.empty(_WIDTH, np.float32)
+    # Of the blocks that have been looked at.
+    reach, looked = np.empty((blocks, _WIDTH), np.float32), np.empty(blocks, np.bool_)
     heads = tails = 0
     for i in range(len(uniforms)):
         row = flat[i * stride : i * stride + width]
@@ -195,13 +218,16 @@ def sample_rows(
                     break
             simple = min(simple, _ZERO)
         for g in range(blocks):
-            if largest[g] - maximum < simple:
+            looked[g] = largest[g] - maximum >= simple
+            if not looked[g]:
                 included[g] = sums[top, g] * scale[top]
                 continue
             start, stop = g * _WIDTH, min((g + 1) * _WIDTH, width)
             included[g] = _look(
-                row[start:stop], maximum, inverse, squared, scale, keep, alone - start, reach_W, sums, g
+                row[start:stop], maximum, inverse, squared, scale, keep, alone - start, reach[g], sums, g
             )
+            if largest[g] - maximum < keep and not start <= alone < stop:
+                continue
             for j in range(start, stop):
                 if row[j] - maximum >= keep or j == alone:
                     if heads == len(head_ids):
@@ -219,18 +245,23 @@ def sample_rows(
             after = before + included[g]
             if point <= after:
                 start, stop = g * _WIDTH, min((g + 1) * _WIDTH, width)
-                _look(row[start:stop], maximum, inverse, squared, scale, keep, alone - start, reach_W, sums, g)
-                cumulated, last = before, -1
-                for j in range(stop - start):
-                    if reach_W[j] > 0.0:
-                        cumulated += reach_W[j]
-                        last = start + j
-                    # What rounding leaves over falls on the block's last entry that has any probability.
-                    if last >= 0 and (point <= cumulated or (j == stop - start - 1 and point <= after)):
-                        if tails == len(tail_ids):
-                            raise IndexError("more entries are drawn than there is room for")
-                        tail_ids[tails] = last
-                        tails += 1
-                        point += 1.0
+                if not looked[g]:
+                    _look(row[start:stop], maximum, inverse, squared, scale, keep, alone - start, reach[g], sums, g)
+                j, cumulated = 0, before
+                while point <= after:
+                    j, cumulated = _next(reach[g], j, stop - start, cumulated, point)
+                    if j == stop - start:
+                        # What rounding leaves over falls on the block's last entry that has any probability.
+                        j -= 1
+                        while j >= 0 and reach[g, j] == 0.0:
+                            j -= 1
+                        if j < 0:
+                            break
+                    if tails == len(tail_ids):
+                        raise IndexError("more entries are drawn than there is room for")
+                    tail_ids[tails] = start + j
+                    tails += 1
+                    point += 1.0
+                    j += 1
             before = after
         head[i], tail[i] = heads - first_head, tails - first_tail
