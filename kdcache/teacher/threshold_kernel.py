@@ -92,7 +92,7 @@ def _look(
     logits_W: Any, maximum: Any, inverse: Any, squared: bool, scale: Any, below: Any, alone: int, reach_W: Any,
     sums: Any, g: int,
 ) -> Any:  # fmt: skip
-    """A block without the entries that are kept: those that lie less than ``below`` over the maximum, and not ``alone``.
+    """A block without the entries that are kept: those whose logit less the maximum is below ``below``, but not ``alone``.
 
     Fills ``reach_W`` with inclusion probabilities, and ``sums[:, g]``; returns the sum of the former.
     """
